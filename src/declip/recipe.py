@@ -1,0 +1,301 @@
+"""A recipe says everything about a run: data, towers, terms, optimizer, schedule, engine, evaluation.
+
+Recipes are TOML files. Every field has a type, a default and a one-line explanation, any field can be
+overridden by its path (``schedule.epochs=20``), and an unknown name is answered with the nearest right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from declip.errors import InputError
+
+TextView = Literal["caption", "masked", "augmented"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Sources = Annotated[list[str], BeforeValidator(_as_list)]
+
+
+class ImageViews(Section):
+    """How an image view is made. The defaults are a weak view: a random crop and nothing else."""
+
+    crop_scale: tuple[float, float] = Field((0.5, 1.0), description="area of the random crop, as a share of the image's")
+    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="aspect ratio of the random crop")
+    flip: Probability = Field(0.0, description="probability of a horizontal flip")
+    jitter: Probability = Field(0.0, description="probability of colour jitter")
+    brightness: float = Field(0.4, ge=0, description="strength of the jitter in brightness")
+    contrast: float = Field(0.4, ge=0, description="strength of the jitter in contrast")
+    saturation: float = Field(0.4, ge=0, description="strength of the jitter in saturation")
+    hue: float = Field(0.1, ge=0, le=0.5, description="strength of the jitter in hue, as a share of the colour circle")
+    grayscale: Probability = Field(0.0, description="probability of dropping the colours")
+    blur: Probability = Field(0.0, description="probability of a Gaussian blur")
+    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="radius of the blur in pixels")
+
+
+class CaptionViews(Section):
+    """How the text views of a pair are made."""
+
+    pool: Literal["first", "random"] = Field(
+        "random", description="which of a pair's captions a text view shows: always the first, or one drawn anew"
+    )
+    independent: bool = Field(True, description="with pool=random: each text view draws its own caption from the pool")
+    mask: Probability = Field(0.15, description="share of tokens that the masked view hides (BERT's 80/10/10 rule)")
+    synonym: float = Field(1.0, ge=0, description="augmented view: relative frequency of replacing a word by a synonym")
+    swap: float = Field(1.0, ge=0, description="augmented view: relative frequency of swapping two words")
+    deletion: float = Field(1.0, ge=0, description="augmented view: relative frequency of deleting words")
+    deletion_share: Probability = Field(0.1, description="share of the words that a deletion drops")
+
+
+class Data(Section):
+    train: Sources = Field([], description="training pairs: parquet files, caption tables beside images, demo:NAME")
+    validation: Sources = Field([], description="pairs that the held-out score is computed on during training")
+    holdout: float = Field(0.1, ge=0, lt=1, description="share of the training pairs held out when validation is empty")
+    fraction: float = Field(1.0, gt=0, le=1, description="train on this share of the pairs only (nested subsets)")
+    fraction_seed: int = Field(0, description="which subset a fraction takes")
+    image: str | None = Field(None, description="name of the image column (found by itself if not given)")
+    captions: Sources = Field([], description="names of the caption columns (found by themselves if not given)")
+    label: str | None = Field(None, description="name of the label column (found by itself if not given)")
+    key: str | None = Field(None, description="name of the key column (found by itself if not given)")
+    images: ImageViews = Field(ImageViews(), description="how image views are made")
+    text: CaptionViews = Field(CaptionViews(), description="how text views are made")
+    workers: int = Field(1, ge=0, description="loader processes; 0 loads in the training process")
+    cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when all fit in this many GB")
+    broken_limit: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the pairs is broken")
+
+
+class Model(Section):
+    name: str | None = Field(None, description="an open_clip architecture (ViT-B-32, RN50, …) instead of the towers below")
+    embed_dim: int = Field(128, gt=0, description="width of the joint embedding")
+    image: dict[str, Any] = Field(
+        {"image_size": 64, "layers": 6, "width": 128, "head_width": 64, "patch_size": 16},
+        description="image tower, in the words of open_clip's vision_cfg",
+    )
+    text: dict[str, Any] = Field(
+        {"context_length": 77, "vocab_size": 49408, "layers": 3, "width": 128, "heads": 2},
+        description="text tower, in the words of open_clip's text_cfg",
+    )
+    quick_gelu: bool = Field(False, description="QuickGELU as in OpenAI's and the published DeCLIP weights")
+    logit_scale_init: float = Field(2.6593, description="start of the logit scale, as a logarithm: ln(1/0.07)")
+    logit_scale_range: tuple[float, float] = Field((0.0, 4.6052), description="the logit scale is kept in here")
+    freeze_patch_embedding: bool = Field(False, description="keep a ViT's random patch projection (MoCo v3, reference)")
+    patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of a ViT's patches left out in training (FLIP)")
+
+
+class Contrastive(Section):
+    """InfoNCE between every image view and every text view (CLIP; DeCLIP's multi-view supervision)."""
+
+    weight: float = Field(1.0, ge=0, description="weight in the loss")
+    images: Literal[1, 2] = Field(1, description="how many image views take part")
+    texts: list[TextView] = Field(["caption"], min_length=1, description="which text views take part")
+
+
+class SimSiam(Section):
+    """Image self-supervision: the two image views predict each other (SimSiam)."""
+
+    weight: float = Field(0.2, ge=0, description="weight in the loss")
+    width: int = Field(1024, gt=0, description="width of the projector")
+    bottleneck: int = Field(512, gt=0, description="width of the predictor's hidden layer")
+
+
+class MaskedLanguage(Section):
+    """Text self-supervision: predict the masked tokens of the masked text view."""
+
+    weight: float = Field(0.2, ge=0, description="weight in the loss")
+
+
+class NearestNeighbour(Section):
+    """Each image also matches the text most like its own caption, among the latest texts in a queue."""
+
+    weight: float = Field(0.2, ge=0, description="weight in the loss")
+    images: Literal[1, 2] = Field(2, description="how many image views take part")
+    texts: list[TextView] = Field(["caption"], min_length=1, description="the text views whose neighbours are sought")
+    queue_size: int = Field(65536, gt=0, description="how many text embeddings the queue holds")
+    exclude_own: bool = Field(
+        True, description="a sample never finds itself or its own other captions (the reference does not exclude them)"
+    )
+    random_start: bool = Field(
+        False, description="fill the queue with random directions and search them at once, as the reference does"
+    )
+
+
+class Terms(Section):
+    contrastive: Contrastive | None = Field(None, description="image-text InfoNCE over views")
+    simsiam: SimSiam | None = Field(None, description="image self-supervision")
+    masked_language: MaskedLanguage | None = Field(None, description="text self-supervision")
+    nearest_neighbour: NearestNeighbour | None = Field(None, description="captions of similar pairs")
+
+    def active(self) -> dict[str, Section]:
+        """The terms that take part, by name; a weight of zero takes no part."""
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: term for name, term in found.items() if term is not None and term.weight > 0}
+
+
+class Optimizer(Section):
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices")
+    decay_embeddings: bool = Field(False, description="also decay embeddings, as the reference does")
+    clip_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 = never")
+
+
+class Schedule(Section):
+    epochs: float = Field(32.0, gt=0, description="passes over the training pairs")
+    pairs_seen: int | None = Field(None, gt=0, description="length of the run in pairs, instead of epochs")
+    batch_size: int = Field(256, gt=1, description="pairs a step")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+
+
+class Engine(Section):
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the best there is")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 autocast where the device computes in it, else float32"
+    )
+    threads: int | None = Field(None, gt=0, description="CPU threads for the towers (default: PyTorch's choice)")
+    compile: bool = Field(False, description="torch.compile the towers")
+
+
+class Evaluation(Section):
+    every: float = Field(0.05, gt=0, le=1, description="share of the run between two held-out evaluations")
+    patience: int = Field(0, ge=0, description="stop after this many evaluations without a better score; 0 = never")
+    max_items: int = Field(2000, gt=1, description="at most this many held-out pairs are judged during training")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = Field("custom", description="name of the recipe")
+    about: str = Field("", description="what it is, in a line")
+    seed: int = Field(0, ge=0, description="everything random derives from it")
+    data: Data = Field(Data(), description="pairs and views")
+    model: Model = Field(Model(), description="towers")
+    terms: Terms = Field(Terms(contrastive=Contrastive()), description="the loss: a weighted sum of terms")
+    optimizer: Optimizer = Field(Optimizer(), description="AdamW")
+    schedule: Schedule = Field(Schedule(), description="how long, how fast")
+    engine: Engine = Field(Engine(), description="device and precision")
+    evaluation: Evaluation = Field(Evaluation(), description="held-out score during training")
+
+    @model_validator(mode="after")
+    def _has_a_term(self) -> Recipe:
+        if not self.terms.active():
+            raise ValueError("the recipe has no term with a weight above zero: give it terms.contrastive")
+        return self
+
+    @property
+    def image_views(self) -> int:
+        """How many image views the terms need."""
+        active = self.terms.active()
+        return 2 if "simsiam" in active else max([getattr(term, "images", 1) for term in active.values()])
+
+    @property
+    def text_views(self) -> list[str]:
+        """Which text views the terms need, in a fixed order."""
+        active = self.terms.active()
+        wanted = {view for term in active.values() for view in getattr(term, "texts", [])}
+        if "masked_language" in active:
+            wanted.add("masked")
+        return [view for view in get_args(TextView) if view in wanted]
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("declip") / "recipes"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a shipped recipe by name or a TOML file by path, and apply ``path=value`` overrides.
+
+    Raises InputError where there is no such recipe, the file is no TOML, a field is unknown or has a wrong type.
+    """
+    if str(name) in shipped():
+        text, where = (resources.files("declip") / "recipes" / f"{name}.toml").read_text(), f"recipe {name}"
+    elif Path(name).is_file():
+        text, where = Path(name).read_text(), str(name)
+    else:
+        raise InputError(f"There is no recipe {str(name)!r}: give a TOML file or one of {', '.join(shipped())}.")
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where} is not valid TOML: {error}.") from None
+    for override in overrides or []:
+        _override(values, override)
+    return parse_recipe(values, where)
+
+
+def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate nested values; raises InputError with one sentence."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_sentence(error, where)) from None
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The resolved recipe as TOML text, every field written out."""
+    import tomli_w
+
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, equals, raw = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"{override!r} is not an override: write path=value, for example schedule.epochs=20.")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw  # a bare word is a string
+    section = values
+    for part in parts[:-1]:
+        section = section.setdefault(part, {})
+        if not isinstance(section, dict):
+            raise InputError(f"{override!r}: {part} is a value, not a section.")
+    section[parts[-1]] = None if value == "none" else value
+
+
+def field_paths(section: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every field's path, sections included."""
+    paths = []
+    for name, field in section.model_fields.items():
+        paths.append(prefix + name)
+        inner = _inner_section(field.annotation)
+        if inner:
+            paths += field_paths(inner, f"{prefix}{name}.")
+    return paths
+
+
+def _inner_section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _sentence(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, field_paths(), n=1, cutoff=0.0)
+        return f"{where}: there is no field {path}; the nearest is {near[0]}."
+    message = first["msg"].removeprefix("Value error, ")
+    if not path:
+        return f"{where}: {message}."
+    return f"{where}: {path} = {first['input']!r} is wrong: {message[0].lower()}{message[1:]}."
