@@ -1,0 +1,303 @@
+"""The command line: parse, call one function, print.
+
+Nothing heavy is imported before a command runs, so that ``declip --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import declip
+from declip.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from declip.evaluation import Progress
+
+DONE, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 2 the input was wrong, 130 interrupted."""
+    _write_utf8()
+    try:
+        args = _parse(argv)
+        if args.json:
+            # Whatever a library prints goes to stderr, so that stdout holds one JSON object and nothing else.
+            with contextlib.redirect_stdout(sys.stderr):
+                result = args.run(args)
+            print(json.dumps(_plain(result), allow_nan=False))
+        else:
+            args.run(args)
+        sys.stdout.flush()
+    except InputError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        print("declip: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; Python must not complain again when it flushes at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        return _fail(f"the disk is full{where}: make room and run the command again.")
+    return DONE
+
+
+def _fail(sentence: str) -> int:
+    print(f"declip: {sentence}", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def _write_utf8() -> None:
+    """TOML and JSON that go into a file or a pipe are UTF-8 on every system."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: no NaN or infinity (null instead), no paths, no tuples."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was wrong in one sentence, like every other error, instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message[0].upper()}{message[1:].rstrip('.')}; {self.prog} --help shows an example.")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="declip",
+        description="Train CLIP-style models with few pairs, judge them and use them.",
+        epilog="example:\n  declip demo --minutes 10",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"declip {declip.__version__}")
+    parser.set_defaults(run=lambda args: parser.print_help(), json=False, rest=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for add in (_add_demo, _add_train, _add_evaluate, _add_recipes):
+        add(commands)
+    args, extras = parser.parse_known_args(argv)
+    # argparse takes the values of `train RECIPE a=1 --out DIR b=2` in one piece only; the later ones come back here.
+    if extras and (not args.rest or any(extra.startswith("-") for extra in extras)):
+        parser.error(f"unknown argument {next((e for e in extras if e.startswith('-')), extras[0])}")
+    if args.rest:
+        getattr(args, args.rest).extend(extras)
+    return args
+
+
+def _command(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    about = "train DeCLIP and CLIP side by side on embedded pairs, judge both on unseen pictures, write a report"
+    parser = _command(commands, "demo", _demo, about, "declip demo --out demo-run --minutes 10")
+    parser.add_argument(
+        "--out", default="demo-run", metavar="DIR", help="folder for the runs and the report (%(default)s)"
+    )
+    parser.add_argument("--minutes", type=_positive, default=10.0, metavar="N", help="about how long (%(default)g)")
+
+
+def _add_train(commands: Any) -> None:
+    example = "declip train declip data.train=pairs.parquet schedule.epochs=20 --out runs/mine"
+    parser = _command(commands, "train", _train, "train a recipe", example)
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name (see declip recipes) or a TOML file")
+    parser.add_argument("overrides", metavar="path=value", nargs="*", help="change a field of the recipe")
+    parser.add_argument("--out", required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in DIR stopped")
+    parser.set_defaults(rest="overrides")
+
+
+def _add_evaluate(commands: Any) -> None:
+    example = "declip evaluate runs/mine test.parquet --task retrieval"
+    parser = _command(commands, "evaluate", _evaluate, "judge a model: retrieval, zero-shot classification", example)
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run folder, a checkpoint, an open_clip name:pretrained or local-dir:PATH"
+    )
+    parser.add_argument(
+        "data", metavar="DATA", nargs="+", help="parquet files, caption tables beside images, demo:NAME"
+    )
+    parser.add_argument(
+        "--task",
+        action="append",
+        metavar="TASK",
+        help="retrieval or zero-shot; may be given again (default: whatever the data has captions or labels for)",
+    )
+    parser.add_argument("--image", metavar="COL", help="name of the image column")
+    parser.add_argument("--captions", action="append", default=[], metavar="COL", help="name of a caption column")
+    parser.add_argument("--label", metavar="COL", help="name of the label column")
+    parser.add_argument("--key", metavar="COL", help="name of the key column")
+    parser.add_argument(
+        "--template",
+        action="append",
+        metavar="STR",
+        help="zero-shot prompt with {} for the class, or a set: openai (80 prompts, the default), simple (7)",
+    )
+    parser.set_defaults(rest="data")
+
+
+def _add_recipes(commands: Any) -> None:
+    about = "list the recipes, or print one with every field explained, as a TOML file to change and train"
+    parser = _command(commands, "recipes", _recipes, about, "declip recipes declip > mine.toml")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a shipped recipe's name or a TOML file")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _demo(args: argparse.Namespace) -> dict[str, Any]:
+    from declip.demo import run_demo
+
+    return run_demo(args.out, minutes=args.minutes, quiet=args.json)
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from declip.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)  # before PyTorch, so that a slip is answered at once
+    from declip.training.loop import train
+
+    summary = train(recipe, args.out, resume=args.resume, quiet=args.json)
+    if not args.json:
+        print(f"The run is in {args.out}. Judge it: declip evaluate {args.out} DATA")
+    return summary
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    from declip.evaluation import evaluate
+    from declip.recipe import Data
+
+    options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
+    with _progress_bar() as progress:
+        result = evaluate(args.model, args.data, args.task, options, progress, args.template)
+    if not args.json:
+        _print_results(result)
+    return result
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar on stderr for each thing that is under way."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield progress
+
+
+def _print_results(result: dict[str, Any]) -> None:
+    """One table for each task, in percent."""
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    console.print(Text(f"Model: {result['model']}"))
+    for task in dict.fromkeys(row["task"] for row in result["results"]):
+        rows = [row for row in result["results"] if row["task"] == task]
+        table = Table("data", title=f"{task} (%)", title_justify="left")
+        for heading in ("items", "skipped", *(_heading(name) for name in rows[0]["metrics"])):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            numbers = [
+                f"{row['items']:,}",
+                f"{row['skipped']:,}",
+                *(f"{score:.1f}" for score in row["metrics"].values()),
+            ]
+            table.add_row(Text(row["data"], overflow="fold"), *numbers)
+        console.print(table)
+
+
+def _heading(metric: str) -> str:
+    """``text_to_image_r5`` as a column's heading."""
+    for name, short in (("text_to_image_r", "text→image R@"), ("image_to_text_r", "image→text R@"), ("top", "top-")):
+        if metric.startswith(name):
+            return short + metric.removeprefix(name)
+    return metric
+
+
+def _recipes(args: argparse.Namespace) -> dict[str, Any]:
+    from declip.recipe import Recipe, load_recipe, shipped
+
+    if args.name is None:
+        recipes = [load_recipe(name) for name in shipped()]
+        if not args.json:
+            _print_recipes(recipes)
+        return {
+            "recipes": [
+                {
+                    "name": recipe.name,
+                    "about": recipe.about,
+                    "terms": {name: term.model_dump(mode="json") for name, term in recipe.terms.active().items()},
+                }
+                for recipe in recipes
+            ]
+        }
+    from declip.explain import commented_toml, explain
+
+    recipe: Recipe = load_recipe(args.name)
+    if not args.json:
+        print(commented_toml(recipe), end="")
+    return {"name": recipe.name, "about": recipe.about, "fields": explain(recipe)}
+
+
+def _print_recipes(recipes: Sequence[Any]) -> None:
+    from rich.table import Table
+
+    table = Table("recipe", "what it is", "terms (weight)")
+    for recipe in recipes:
+        terms = [f"{name} ({term.weight:g})" for name, term in recipe.terms.active().items()]
+        table.add_row(recipe.name, recipe.about, ", ".join(terms))
+    _console().print(table)
+
+
+def _console() -> Console:
+    """Tables on stdout; where that is no terminal they are not squeezed into its 80 columns."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)

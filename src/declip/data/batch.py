@@ -1,0 +1,36 @@
+"""What the loader hands to the training step: tensors and sample ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's views.
+
+    images: uint8 [image views, batch, height, width, 3]
+    tokens: int64 [text views, batch, tokens], padded with 0 to the longest caption of the batch
+    text_views: the names of the text views, in the order of `tokens`
+    labels: int64 [batch, tokens], the hidden tokens of the masked view, -100 elsewhere; None without a masked view
+    sample_ids: int64 [batch], which pair each row is
+    broken: the pairs that could not be read and were replaced, as (id, where, reason)
+    """
+
+    images: Tensor
+    tokens: Tensor
+    text_views: tuple[str, ...]
+    labels: Tensor | None
+    sample_ids: Tensor
+    broken: tuple[tuple[int, str, str], ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        if device.type == "cpu":
+            return self
+        moved = {name: getattr(self, name) for name in ("images", "tokens", "labels", "sample_ids")}
+        return replace(
+            self, **{name: None if t is None else t.to(device, non_blocking=True) for name, t in moved.items()}
+        )

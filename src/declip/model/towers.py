@@ -1,0 +1,85 @@
+"""The two towers, built by open_clip, and the text tower's forward on captions of any length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from declip.errors import InputError
+from declip.recipe import Model
+
+if TYPE_CHECKING:
+    from open_clip.model import CLIP
+
+MASK_ID = 49408  # one past open_clip's vocabulary: the mask token is ours, the open_clip model never sees it
+EOT_ID = 49407
+
+
+def model_config(model: Model) -> dict[str, Any]:
+    """The architecture in the words of an open_clip model config."""
+    if model.name is None:
+        config: dict[str, Any] = {
+            "embed_dim": model.embed_dim,
+            "vision_cfg": dict(model.image),
+            "text_cfg": dict(model.text),
+        }
+        if model.quick_gelu:
+            config["quick_gelu"] = True
+        return config
+    import open_clip
+
+    named = open_clip.get_model_config(model.name)
+    if named is None:
+        raise InputError(f"model.name = {model.name!r}: open_clip knows no such architecture.")
+    return named
+
+
+def build_towers(model: Model) -> CLIP:
+    """An open_clip model with random weights; raises InputError where open_clip refuses the description."""
+    from open_clip.model import CLIP
+
+    config = model_config(model)
+    if "hf_model_name" in config["text_cfg"] or config.get("custom_text"):
+        raise InputError("model: only open_clip's own text transformer can be trained so far.")
+    vision = dict(config["vision_cfg"])
+    if model.patch_dropout:
+        vision["patch_dropout"] = model.patch_dropout
+    try:
+        clip = CLIP(
+            embed_dim=config["embed_dim"],
+            vision_cfg=vision,
+            text_cfg=config["text_cfg"],
+            quick_gelu=config.get("quick_gelu", False),
+            init_logit_scale=model.logit_scale_init,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"model: open_clip cannot build these towers: {error}.") from None
+    if model.freeze_patch_embedding and hasattr(clip.visual, "conv1"):
+        clip.visual.conv1.weight.requires_grad_(False)
+    return clip
+
+
+def encode_text(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """open_clip's text tower on captions cut to any length (its own forward wants all 77 positions).
+
+    tokens: int64 [batch, tokens]; ids equal to MASK_ID take `mask_embedding` [width].
+    Returns the embeddings [batch, dim], not normalised, and the final tokens [batch, tokens, width].
+    """
+    length = tokens.shape[1]
+    if mask_embedding is None:
+        x = clip.token_embedding(tokens)
+    else:
+        masked = tokens == MASK_ID
+        x = clip.token_embedding(tokens.masked_fill(masked, 0))
+        x = torch.where(masked.unsqueeze(-1), mask_embedding.to(x.dtype), x)
+    x = x + clip.positional_embedding[:length]
+    x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
+    x = clip.ln_final(x)
+    # The first end token closes the caption (masked captions hold ids above it, so open_clip's argmax would miss it).
+    end = (tokens == EOT_ID).int().argmax(dim=-1)
+    pooled = x[torch.arange(x.shape[0], device=x.device), end]
+    projection = clip.text_projection
+    embedding = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+    return embedding, x

@@ -1,0 +1,89 @@
+"""Nearest-neighbour supervision: captions of similar pairs are positives too (DeCLIP, §3.2, L_NNS)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from declip.data.batch import Batch
+from declip.model.dual_encoder import Features
+
+EMPTY = -1
+
+
+class NearestNeighbour(nn.Module):
+    """InfoNCE of each image view against the queue entry most like its own text, image -> text only.
+
+    The queue is a ring of normalised text embeddings in persistent buffers, so it lives on the model's device and in
+    its checkpoints: `queue` [size, dim], `queue_ids` [size] (the sample each entry came from), `pointer`. It is
+    searched once for all text views, and the batch is entered after the search, the last text view first. As in the
+    reference, what would pass the end of the ring is dropped and the pointer goes back to the start.
+
+    exclude_own: entries of the same sample are no neighbours, and a neighbour that belongs to the image's own sample,
+        or is its own positive again, is no negative. Small sets are full of both; the reference excludes neither.
+    random_start: the ring starts full of random directions, as in the reference; otherwise the term is 0 until there
+        is something to find.
+    """
+
+    queue: Tensor
+    queue_ids: Tensor
+    pointer: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        queue_size: int,
+        images: int,
+        texts: Sequence[str],
+        exclude_own: bool = True,
+        random_start: bool = False,
+    ) -> None:
+        super().__init__()
+        self.images, self.texts, self.exclude_own = images, tuple(texts), exclude_own
+        start = F.normalize(torch.randn(queue_size, dim), dim=-1) if random_start else torch.zeros(queue_size, dim)
+        self.register_buffer("queue", start)
+        # Random directions belong to no sample: -2 is no id, and not empty either.
+        self.register_buffer("queue_ids", torch.full((queue_size,), -2 if random_start else EMPTY))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, features: Features, batch: Batch) -> Tensor:
+        texts = features.unit_texts(self.texts).detach()
+        rows = self._search(texts.flatten(0, 1), batch.sample_ids.repeat(len(self.texts)))
+        loss = features.image.new_zeros(()) if rows is None else self._loss(features, batch, rows)
+        if self.training:
+            for view in reversed(texts):
+                self._enqueue(view, batch.sample_ids)
+        return loss
+
+    @torch.no_grad()
+    def _search(self, texts: Tensor, sample_ids: Tensor) -> Tensor | None:
+        """The row of the queue most like each text: [texts, dim] -> int64 [texts], None while there is none."""
+        usable = self.queue_ids != EMPTY
+        if not usable.any():
+            return None
+        similarity = texts @ self.queue.T
+        similarity.masked_fill_(~usable, float("-inf"))
+        if self.exclude_own:
+            similarity.masked_fill_(sample_ids[:, None] == self.queue_ids[None, :], float("-inf"))
+        return similarity.argmax(dim=-1)
+
+    def _loss(self, features: Features, batch: Batch, rows: Tensor) -> Tensor:
+        rows = rows.unflatten(0, (len(self.texts), -1))  # [text views, batch]
+        logits = features.logit_scale * torch.einsum("vbd,ucd->vubc", features.unit_image[: self.images], self.queue[rows])
+        if self.exclude_own:
+            own = self.queue_ids[rows][:, None, :] == batch.sample_ids[None, :, None]
+            same = rows[:, None, :] == rows[:, :, None]
+            diagonal = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
+            logits = logits.masked_fill((own | same) & ~diagonal, float("-inf"))
+        return (logits.logsumexp(dim=-1) - logits.diagonal(dim1=-2, dim2=-1)).mean()
+
+    @torch.no_grad()
+    def _enqueue(self, texts: Tensor, sample_ids: Tensor) -> None:
+        start, size = int(self.pointer), self.queue.shape[0]
+        end = min(start + texts.shape[0], size)
+        self.queue[start:end] = texts[: end - start].to(self.queue.dtype)
+        self.queue_ids[start:end] = sample_ids[: end - start]
+        self.pointer.fill_(end % size)

@@ -1,0 +1,91 @@
+"""Run folders: what is written, when, and how it is read back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from declip.errors import InputError
+from declip.recipe import Recipe, load_recipe, to_toml
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECIPE, METRICS, LAST = "recipe.toml", "metrics.jsonl", "checkpoints/last.pt"
+WEIGHTS_BEST = "checkpoints/best.safetensors"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write to a temporary name beside `path`, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def open_run(out: Path, recipe: Recipe, resume: bool) -> bool:
+    """Prepare the run folder; True where there is a checkpoint to go on from.
+
+    Raises InputError where the folder holds another run, or --resume finds a different recipe or nothing.
+    """
+    stored = out / RECIPE
+    if resume:
+        if not stored.is_file():
+            raise InputError(f"{out} holds no run to resume: leave out --resume to start one there.")
+        difference = _first_difference(load_recipe(stored), recipe)
+        if difference:
+            raise InputError(f"{out} was trained with another recipe ({difference}): resume with the same one.")
+        return (out / LAST).is_file()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} already holds files: give another --out, or --resume to go on with the run there.")
+    (out / "checkpoints").mkdir(parents=True)
+    write_atomically(stored, lambda path: _write_text(path, to_toml(recipe)))
+    return False
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _first_difference(stored: Recipe, asked: Recipe) -> str | None:
+    old, new = _flat(stored.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path):
+            return f"{path} = {old.get(path)!r} there, {new.get(path)!r} now"
+    return None
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix.rstrip("."): values}
+    return {path: v for name, value in values.items() for path, v in _flat(value, f"{prefix}{name}.").items()}
+
+
+def save_checkpoint(out: Path, state: dict[str, Any]) -> None:
+    """Everything that a resumed run needs, as one file."""
+    import torch
+
+    write_atomically(out / LAST, lambda path: torch.save(state, path))
+
+
+def read_checkpoint(out: Path) -> dict[str, Any]:
+    """The last checkpoint's state; nothing in it is executed (weights_only)."""
+    import torch
+
+    try:
+        state: dict[str, Any] = torch.load(out / LAST, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise InputError(f"{out / LAST} cannot be read ({str(error).splitlines()[0]}): start the run anew.") from None
+    return state
+
+
+def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Tensors by name, as safetensors."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))

@@ -1,0 +1,53 @@
+"""The score that a run watches: retrieval on pairs that it does not train on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from declip.data.captions import Tokenizer, tokenize
+from declip.data.images import eval_view
+from declip.data.loader import Images
+from declip.data.sources import BrokenPair
+from declip.evaluation.retrieval import retrieval_metrics
+from declip.model.dual_encoder import DualEncoder
+from declip.model.towers import encode_text
+from declip.recipe import Recipe
+
+
+class HeldOut:
+    """Held-out pairs, prepared once: evaluation views as uint8 and tokens."""
+
+    def __init__(self, images: Images, recipe: Recipe) -> None:
+        count = len(images.source)
+        chosen = np.random.default_rng(recipe.seed).permutation(count)[: recipe.evaluation.max_items]
+        size, context = int(recipe.model.image["image_size"]), int(recipe.model.text.get("context_length", 77))
+        tokenizer, views, ids, owners = Tokenizer(), [], [], []
+        for index in sorted(chosen.tolist()):
+            try:
+                view = eval_view(images.get(index), size)
+            except BrokenPair:
+                continue
+            captions = images.source.captions(index)
+            owners += [len(views)] * len(captions)
+            ids += [tokenizer.encode(caption) for caption in captions]
+            views.append(view)
+        self.images = torch.from_numpy(np.stack(views))
+        self.tokens = torch.from_numpy(tokenize(ids, context))
+        self.image_of_text = torch.tensor(owners)
+
+    @torch.inference_mode()
+    def score(self, model: DualEncoder, device: torch.device) -> dict[str, float]:
+        """Recall at 1, 5 and 10 both ways in percent, and `score`, their mean."""
+        was_training = model.training
+        model.eval()
+        images = [F.normalize(model.clip.visual(model.pixels(part.to(device))).float(), dim=-1) for part in self.images.split(256)]
+        texts = [F.normalize(encode_text(model.clip, _trim(part).to(device))[0].float(), dim=-1) for part in self.tokens.split(512)]
+        model.train(was_training)
+        metrics = retrieval_metrics(torch.cat(images).cpu(), torch.cat(texts).cpu(), self.image_of_text)
+        return {**metrics, "score": sum(metrics.values()) / len(metrics)}
+
+
+def _trim(tokens: torch.Tensor) -> torch.Tensor:
+    return tokens[:, : int((tokens != 0).sum(dim=1).max())]

@@ -1,0 +1,113 @@
+"""What a run tells: metrics.jsonl, progress on the terminal, TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """Rows for metrics.jsonl, a live line for people, scalars for TensorBoard. Use as a context manager."""
+
+    def __init__(self, out: Path, name: str, steps: int, first: int, quiet: bool) -> None:
+        self._file: TextIO = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self.console = Console(stderr=True, quiet=quiet)
+        self._board = _tensorboard(out)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+        )
+        self._task = self._progress.add_task(name, total=steps, completed=first, text="")
+        self._held_out = ""
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def train(self, row: dict[str, Any]) -> None:
+        self._write(row)
+        terms = " ".join(f"{name} {value:.3f}" for name, value in row["terms"].items())
+        text = f"{row['samples_per_second']:.0f} pairs/s  loss {row['loss']:.3f} ({terms}) {self._held_out}"
+        self._progress.update(self._task, completed=row["step"], text=text)
+
+    def held_out(self, row: dict[str, Any]) -> None:
+        self._write(row)
+        self._held_out = f" held-out {row['held_out']['score']:.1f}"
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        if self._board is not None:
+            for name, value in _scalars(row):
+                self._board.add_scalar(name, value, row["step"])
+
+
+def cut_metrics(out: Path, step: int) -> None:
+    """Drop the rows after `step` from metrics.jsonl: a resumed run makes them again."""
+    path = out / "metrics.jsonl"
+    if path.is_file():
+        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in rows))
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            found += _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            found.append((prefix + name, float(value)))
+    return found
+
+
+def _tensorboard(out: Path) -> Any:
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(out / "tensorboard"))
+    return None
+
+
+def resident_bytes() -> int:
+    """Memory of this process and its workers now, shared pages counted once (Linux); elsewhere the peak so far."""
+    if sys.platform != "linux":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    total = 0
+    for process in [os.getpid(), *_children()]:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) * 1024
+    return total
+
+
+def _children() -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    return []

@@ -1,0 +1,294 @@
+"""A run: pairs, views, towers, terms, steps. Read `train` from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from declip.data.loader import BatchMaker, Images, check_broken, make_loader, open_images
+from declip.data.sources import BrokenPair, Source, open_sources, split_holdout, take_fraction
+from declip.errors import InputError
+from declip.model.dual_encoder import DualEncoder
+from declip.model.export import CONFIG, WEIGHTS, open_clip_config
+from declip.objectives.objective import Objective, build_objective
+from declip.recipe import Data, Recipe
+from declip.training.checkpoint import (
+    WEIGHTS_BEST,
+    open_run,
+    read_checkpoint,
+    save_checkpoint,
+    save_weights,
+    write_atomically,
+)
+from declip.training.held_out import HeldOut
+from declip.training.logging import RunLog, cut_metrics, resident_bytes
+from declip.training.optimizer import build_optimizer, learning_rate
+
+LOG_SECONDS = 0.5
+SAVE_SECONDS = 60.0
+
+
+def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train a recipe into the run folder `out` and return a summary of the run.
+
+    Raises InputError for bad input and for a loss that is no longer a number, and KeyboardInterrupt on Ctrl-C, after
+    the state is saved.
+    """
+    out = Path(out)
+    device = pick_device(recipe.engine.device)
+    if recipe.engine.threads:
+        torch.set_num_threads(recipe.engine.threads)
+    pairs, held_pairs = open_pairs(recipe.data)
+    if recipe.schedule.batch_size > len(pairs):
+        raise InputError(
+            f"schedule.batch_size = {recipe.schedule.batch_size} is larger than the training set of {len(pairs)} pairs."
+        )
+    images = open_images(pairs, recipe.data.cache_gb, recipe.data.broken_limit)
+    held_out = HeldOut(open_images(held_pairs, recipe.data.cache_gb, 1.0), recipe) if held_pairs else None
+    steps = total_steps(recipe, len(pairs))
+    torch.manual_seed(recipe.seed)
+    model = DualEncoder(recipe)
+    objective = build_objective(recipe, model)
+    going_on = open_run(out, recipe, resume)
+    run = Run(recipe, out, device, model, objective, images, held_out, steps)
+    if going_on:
+        run.restore(read_checkpoint(out))
+    with RunLog(out, recipe.name, steps, run.step, quiet) as log:
+        try:
+            run.go(log)
+        except KeyboardInterrupt:
+            run.save()
+            log.say(f"\nStopped at step {run.step} of {steps}; saved. To go on: the same command with --resume.")
+            raise
+    return run.finish()
+
+
+def open_pairs(data: Data) -> tuple[Source, Source | None]:
+    """The training pairs and the held-out pairs of a recipe."""
+    if not data.train:
+        raise InputError("There is nothing to train on: say data.train=FILE (parquet, or a caption table beside images).")
+    pairs: Source = open_sources(data.train, data)
+    held: Source | None = None
+    if data.validation:
+        held = open_sources(data.validation, data)
+    elif data.holdout:
+        pairs, held = split_holdout(pairs, data.holdout, seed=0)
+    if data.fraction < 1:
+        pairs = take_fraction(pairs, data.fraction, data.fraction_seed)
+    return pairs, held if held is not None and len(held) > 1 else None
+
+
+def total_steps(recipe: Recipe, pairs: int) -> int:
+    """Length of the run in steps."""
+    seen = recipe.schedule.pairs_seen or recipe.schedule.epochs * pairs
+    return max(1, round(seen / recipe.schedule.batch_size))
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a recipe names; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"engine.device = {name!r} cannot be used: {str(error).splitlines()[0]}.") from None
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 autocast where it is asked for, or with `auto` where the device computes in it natively."""
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_bfloat16(device)
+        precision = "bfloat16" if native else "float32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _cpu_computes_bfloat16(device: torch.device) -> bool:
+    # Without these instructions bfloat16 is emulated, about twenty times slower than float32.
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not cpuinfo.is_file():
+        return False
+    return bool({"amx_bf16", "avx512_bf16"} & set(cpuinfo.read_text().split()))
+
+
+class Run:
+    """The state of a run between two steps: what a checkpoint holds."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: torch.device,
+        model: DualEncoder,
+        objective: Objective,
+        images: Images,
+        held_out: HeldOut | None,
+        steps: int,
+    ) -> None:
+        self.recipe, self.out, self.device, self.held_out, self.steps = recipe, out, device, held_out, steps
+        self.images = images
+        self.model, self.objective = model.to(device), objective.to(device)
+        if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
+            self.model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
+        self.optimizer = build_optimizer([model, objective], recipe.optimizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.step, self.seconds, self.peak_memory = 0, 0.0, 0
+        self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
+        self.loss_at_best = math.inf
+        self.broken: dict[int, str] = {}
+
+    def go(self, log: RunLog) -> None:
+        """Train from the step reached to the end."""
+        maker = BatchMaker(self.images, self.recipe)
+        model = torch.compile(self.model) if self.recipe.engine.compile else self.model
+        every = max(1, round(self.recipe.evaluation.every * self.steps))
+        self.model.train()
+        logged = saved = clock = time.perf_counter()
+        logged_step = self.step
+        for batch in make_loader(maker, self.step, self.steps, self.recipe.data.workers):
+            self._note_broken(batch.broken, log)
+            rate = learning_rate(self.step, self.steps, self.recipe)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            batch = batch.to(self.device)
+            with autocast(self.device, self.recipe.engine.precision):
+                features = model(batch)
+            loss, terms = self.objective(features, batch)
+            self._stop_if_not_finite(loss, terms)
+            self.optimizer.zero_grad()
+            loss.backward()
+            if self.recipe.optimizer.clip_norm:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_norm)
+            self.optimizer.step()
+            self.model.clamp_logit_scale()
+            self.step += 1
+
+            now = time.perf_counter()
+            self.seconds, clock = self.seconds + now - clock, now
+            judged = self.step % every == 0 or self.step == self.steps
+            if judged or now - logged >= LOG_SECONDS:
+                speed = (self.step - logged_step) * self.recipe.schedule.batch_size / max(now - logged, 1e-9)
+                log.train(self._row(loss, terms, rate, speed))
+            if judged:
+                self._judge(log, float(loss))
+            if judged or now - saved >= SAVE_SECONDS:
+                self.save()
+                saved = time.perf_counter()
+            if judged or now - logged >= LOG_SECONDS:
+                # Judging and saving are not training: they count neither as time nor in the speed.
+                logged = clock = time.perf_counter()
+                logged_step = self.step
+            if self._has_stopped_rising():
+                log.say(f"Stopped at step {self.step}: no better held-out score since step {self.best_step}.")
+                break
+
+    def _row(self, loss: Tensor, terms: dict[str, Tensor], rate: float, speed: float) -> dict[str, Any]:
+        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes()
+        self.peak_memory = max(self.peak_memory, memory)
+        return {
+            "step": self.step,
+            "pairs": self.step * self.recipe.schedule.batch_size,
+            "seconds": round(self.seconds, 2),
+            "loss": float(loss),
+            "terms": {name: float(value) for name, value in terms.items()},
+            "logit_scale": float(self.model.clip.logit_scale.exp()),
+            "lr": rate,
+            "samples_per_second": round(speed, 1),
+        }
+
+    def _judge(self, log: RunLog, loss: float) -> None:
+        """Score the held-out pairs, keep the best weights, and warn where the run has begun to overfit."""
+        if self.held_out is None:
+            return
+        metrics = self.held_out.score(self.model, self.device)
+        row = {"step": self.step, "pairs": self.step * self.recipe.schedule.batch_size, "seconds": round(self.seconds, 2)}
+        log.held_out({**row, "held_out": {name: round(value, 3) for name, value in metrics.items()}})
+        if metrics["score"] > self.best_score:
+            self.best_score, self.best_step, self.worse_in_a_row, self.loss_at_best = metrics["score"], self.step, 0, loss
+            save_weights(self.out / WEIGHTS_BEST, self.model.clip.state_dict())
+            return
+        self.worse_in_a_row += 1
+        if self.worse_in_a_row >= 3 and loss < self.loss_at_best and not self.warned:
+            self.warned = True
+            log.say(
+                f"[yellow]Overfitting: the loss still falls ({self.loss_at_best:.3f} to {loss:.3f}) but the held-out score "
+                f"has not risen since step {self.best_step} ({self.best_score:.1f}, now {metrics['score']:.1f}). The best "
+                "weights are kept; train for fewer epochs, or add pairs or supervision.[/yellow]"
+            )
+
+    def _has_stopped_rising(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        return bool(patience) and self.worse_in_a_row >= patience
+
+    def _stop_if_not_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        if math.isfinite(float(loss)):
+            return
+        self.save()  # the weights before this step are good
+        bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
+        raise InputError(
+            f"The loss is not a number at step {self.step + 1} (term {', '.join(bad) or 'sum'}): the weights before it are "
+            f"kept in {self.out}; lower optimizer.lr (now {self.recipe.optimizer.lr:g}) or look at the pairs."
+        )
+
+    def _note_broken(self, broken: tuple[tuple[int, str, str], ...], log: RunLog) -> None:
+        for index, where, reason in broken:
+            if index not in self.broken:
+                self.broken[index] = reason
+                log.say(f"[yellow]skipped: {reason}[/yellow]")
+                size = len(self.images.source)
+                check_broken(len(self.broken), BrokenPair(str(index), where, reason), size, self.recipe.data.broken_limit)
+
+    def save(self) -> None:
+        """Write checkpoints/last.pt."""
+        save_checkpoint(
+            self.out,
+            {
+                "model": self.model.state_dict(),
+                "objective": self.objective.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "rng": torch.get_rng_state(),
+                "progress": {name: getattr(self, name) for name in self._PROGRESS},
+            },
+        )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `save` wrote."""
+        self.model.load_state_dict(state["model"])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+        cut_metrics(self.out, self.step)
+
+    _PROGRESS = ("step", "seconds", "peak_memory", "best_score", "best_step", "worse_in_a_row", "loss_at_best", "warned")
+
+    def finish(self) -> dict[str, Any]:
+        """Turn the run folder into an open_clip model (the best weights) and sum the run up."""
+        best = self.out / WEIGHTS_BEST
+        if best.is_file():
+            write_atomically(self.out / WEIGHTS, lambda path: shutil.copyfile(best, path))
+        else:
+            save_weights(self.out / WEIGHTS, self.model.clip.state_dict())
+        config = open_clip_config(self.recipe.model)
+        write_atomically(self.out / CONFIG, lambda path: path.write_text(config))
+        pairs_seen = self.step * self.recipe.schedule.batch_size
+        return {
+            "run": str(self.out),
+            "recipe": self.recipe.name,
+            "training_pairs": len(self.images.source),
+            "steps": self.step,
+            "pairs_seen": pairs_seen,
+            "seconds": round(self.seconds, 1),
+            "samples_per_second": round(pairs_seen / max(self.seconds, 1e-9), 1),
+            "peak_memory_gb": round(self.peak_memory / 2**30, 2),
+            "held_out_score": None if self.held_out is None else round(self.best_score, 2),
+            "best_step": self.best_step,
+            "broken": len(self.broken),
+        }
