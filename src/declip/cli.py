@@ -187,7 +187,8 @@ def _positive(text: str) -> float:
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
     from declip.demo import run_demo
 
-    return run_demo(args.out, minutes=args.minutes, quiet=args.json)
+    summary: dict[str, Any] = run_demo(args.out, minutes=args.minutes, quiet=args.json)
+    return summary
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:
@@ -216,49 +217,63 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Progress]:
-    """A bar on stderr for each thing that is under way."""
+    """A bar on stderr for each thing that is under way, as long as it is; a log file gets none."""
     from rich.console import Console
     from rich.progress import Progress as Bar
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
+    console = Console(stderr=True)
+    bar = Bar(console=console, transient=True, disable=not console.is_terminal)
+    tasks: dict[str, Any] = {}
 
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
+    def progress(what: str, done: int, total: int) -> None:
+        bar.start()  # not before there is something to show
+        if what not in tasks:
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done)
 
+    try:
         yield progress
+    finally:
+        if tasks:
+            bar.stop()
 
 
 def _print_results(result: dict[str, Any]) -> None:
-    """One table for each task, in percent."""
+    """One table for each task, in percent; retrieval has a row for each direction."""
     from rich.table import Table
     from rich.text import Text
 
     console = _console()
     console.print(Text(f"Model: {result['model']}"))
     for task in dict.fromkeys(row["task"] for row in result["results"]):
-        rows = [row for row in result["results"] if row["task"] == task]
+        rows = [(row, _by_direction(row["metrics"])) for row in result["results"] if row["task"] == task]
         table = Table("data", title=f"{task} (%)", title_justify="left")
-        for heading in ("items", "skipped", *(_heading(name) for name in rows[0]["metrics"])):
+        for heading in ("items", "skipped"):
             table.add_column(heading, justify="right")
-        for row in rows:
-            numbers = [
-                f"{row['items']:,}",
-                f"{row['skipped']:,}",
-                *(f"{score:.1f}" for score in row["metrics"].values()),
-            ]
-            table.add_row(Text(row["data"], overflow="fold"), *numbers)
+        both_ways = "" not in rows[0][1]
+        if both_ways:
+            table.add_column("from → to")
+        for heading in next(iter(rows[0][1].values())):
+            table.add_column(heading, justify="right")
+        for row, directions in rows:
+            first: list[str | Text] = [Text(row["data"], overflow="fold"), f"{row['items']:,}", f"{row['skipped']:,}"]
+            for direction, metrics in directions.items():
+                ways = [direction] if both_ways else []
+                table.add_row(*first, *ways, *(f"{score:.1f}" for score in metrics.values()))
+                first = ["", "", ""]
         console.print(table)
 
 
-def _heading(metric: str) -> str:
-    """``text_to_image_r5`` as a column's heading."""
-    for name, short in (("text_to_image_r", "text→image R@"), ("image_to_text_r", "image→text R@"), ("top", "top-")):
-        if metric.startswith(name):
-            return short + metric.removeprefix(name)
-    return metric
+def _by_direction(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
+    """``text_to_image_r5`` as ``{"text → image": {"R@5": …}}``, ``top1`` as ``{"": {"top-1": …}}``."""
+    found: dict[str, dict[str, float]] = {}
+    for name, score in metrics.items():
+        way, recall, k = name.rpartition("_r")
+        if recall:
+            found.setdefault(way.replace("_to_", " → "), {})[f"R@{k}"] = score
+        else:
+            found.setdefault("", {})[name.replace("top", "top-")] = score
+    return found
 
 
 def _recipes(args: argparse.Namespace) -> dict[str, Any]:

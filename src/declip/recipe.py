@@ -78,17 +78,35 @@ class Data(Section):
     broken_limit: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the pairs is broken")
 
 
+class ImageTower(Section):
+    """open_clip's vision_cfg: any other field of it may be given too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    image_size: int = Field(64, gt=0, description="side of the image views in pixels")
+    layers: int | list[int] = Field(6, description="blocks of a ViT; four numbers make a ResNet of those stages")
+    width: int = Field(128, gt=0, description="width of the tower")
+    head_width: int = Field(64, gt=0, description="width of an attention head")
+    patch_size: int = Field(16, gt=0, description="side of a ViT's patches in pixels (a ResNet has none)")
+
+
+class TextTower(Section):
+    """open_clip's text_cfg: any other field of it may be given too."""
+
+    model_config = ConfigDict(extra="allow")
+
+    context_length: int = Field(77, gt=2, description="captions are cut to this many tokens")
+    vocab_size: int = Field(49408, gt=0, description="size of the tokenizer's vocabulary")
+    layers: int = Field(3, gt=0, description="blocks of the transformer")
+    width: int = Field(128, gt=0, description="width of the tower")
+    heads: int = Field(2, gt=0, description="attention heads")
+
+
 class Model(Section):
     name: str | None = Field(None, description="an open_clip architecture (ViT-B-32, RN50, …) instead of the towers below")
     embed_dim: int = Field(128, gt=0, description="width of the joint embedding")
-    image: dict[str, Any] = Field(
-        {"image_size": 64, "layers": 6, "width": 128, "head_width": 64, "patch_size": 16},
-        description="image tower, in the words of open_clip's vision_cfg",
-    )
-    text: dict[str, Any] = Field(
-        {"context_length": 77, "vocab_size": 49408, "layers": 3, "width": 128, "heads": 2},
-        description="text tower, in the words of open_clip's text_cfg",
-    )
+    image: ImageTower = Field(ImageTower(), description="image tower, in the words of open_clip's vision_cfg")
+    text: TextTower = Field(TextTower(), description="text tower, in the words of open_clip's text_cfg")
     quick_gelu: bool = Field(False, description="QuickGELU as in OpenAI's and the published DeCLIP weights")
     logit_scale_init: float = Field(2.6593, description="start of the logit scale, as a logarithm: ln(1/0.07)")
     logit_scale_range: tuple[float, float] = Field((0.0, 4.6052), description="the logit scale is kept in here")
@@ -116,6 +134,9 @@ class MaskedLanguage(Section):
     """Text self-supervision: predict the masked tokens of the masked text view."""
 
     weight: float = Field(0.2, ge=0, description="weight in the loss")
+    vocabulary: Literal["all", "used"] = Field(
+        "all", description="tokens to choose from: the whole vocabulary, or those that the training captions use"
+    )
 
 
 class NearestNeighbour(Section):
@@ -225,9 +246,9 @@ def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     Raises InputError where there is no such recipe, the file is no TOML, a field is unknown or has a wrong type.
     """
     if str(name) in shipped():
-        text, where = (resources.files("declip") / "recipes" / f"{name}.toml").read_text(), f"recipe {name}"
+        text, where = (resources.files("declip") / "recipes" / f"{name}.toml").read_text("utf-8"), f"recipe {name}"
     elif Path(name).is_file():
-        text, where = Path(name).read_text(), str(name)
+        text, where = _read(Path(name)), str(name)
     else:
         raise InputError(f"There is no recipe {str(name)!r}: give a TOML file or one of {', '.join(shipped())}.")
     try:
@@ -237,6 +258,13 @@ def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _override(values, override)
     return parse_recipe(values, where)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a text file in UTF-8: give a recipe in TOML.") from None
 
 
 def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:

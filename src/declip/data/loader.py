@@ -89,11 +89,9 @@ def _mean_decoded_bytes(source: Source, samples: int = 64) -> float:
 class BatchMaker(Dataset[Batch]):
     """Makes global batch number n, all views of it, from (seed, n) alone."""
 
-    def __init__(self, images: Images, recipe: Recipe) -> None:
-        self.images, self.recipe = images, recipe
+    def __init__(self, images: Images, recipe: Recipe, image_size: int, context_length: int) -> None:
+        self.images, self.recipe, self.size, self.context_length = images, recipe, image_size, context_length
         self.order = Order(len(images.source), recipe.schedule.batch_size, recipe.seed)
-        self.size = int(recipe.model.image["image_size"])
-        self.context_length = int(recipe.model.text.get("context_length", 77))
         self.tokenizer = Tokenizer()
         self.synonyms = load_synonyms() if "augmented" in recipe.text_views else {}
 

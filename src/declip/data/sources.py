@@ -300,7 +300,7 @@ def _text(value: object) -> str | None:
 
 
 def _texts(value: object, where: str) -> list[str]:
-    texts = value if isinstance(value, list) else [] if value is None else [value]
+    texts: list[Any] = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{where}: a caption must be a text or a list of texts, not {value!r}.")
     return texts

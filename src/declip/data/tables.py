@@ -66,7 +66,8 @@ def find_columns(
     image = find("image", data.image, image_names, _holds_images)
     if image is None:
         raise missing("column of image file names" if image_names is FILE_NAMES else "image column", "image")
-    found = [find("captions", told, CAPTION_NAMES, _holds_texts) for told in data.captions or [None]]
+    told_captions: Sequence[str | None] = data.captions or [None]
+    found = [find("captions", told, CAPTION_NAMES, _holds_texts) for told in told_captions]
     captions = [name for name in found if name]
     if need_captions and not captions:
         raise missing("caption column", "captions")
@@ -76,7 +77,7 @@ def find_columns(
 
 def _is_text(kind: Any) -> bool:
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
-    return kinds.is_string(kind) or kinds.is_large_string(kind) or kinds.is_string_view(kind)
+    return any(test(kind) for test in (kinds.is_string, kinds.is_large_string, kinds.is_string_view))
 
 
 def _holds_images(kind: Any) -> bool:
@@ -85,16 +86,18 @@ def _holds_images(kind: Any) -> bool:
         return True
     if kinds.is_struct(kind):
         return any(kind.field(i).name in ("bytes", "path") for i in range(kind.num_fields))
-    return kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_binary_view(kind)
+    return any(test(kind) for test in (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view))
 
 
 def _holds_texts(kind: Any) -> bool:
-    is_list = kind is not None and (kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind))
-    return kind is None or _is_text(kind.value_type if is_list else kind)
+    if kind is None:
+        return True
+    is_list = any(test(kind) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list))
+    return _is_text(kind.value_type if is_list else kind)
 
 
 def _holds_names(kind: Any) -> bool:
-    return kind is None or _is_text(kind) or kinds.is_integer(kind)
+    return kind is None or _is_text(kind) or bool(kinds.is_integer(kind))
 
 
 def text_rows(path: Path) -> Iterator[tuple[int, Row]]:

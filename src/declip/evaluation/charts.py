@@ -6,10 +6,12 @@ given as numbers and resolved there, so that one drawing serves the light and th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import TypeVar
 
 COLOURS = 6  # the style sheet defines .c0 … .c5
 MAX_POINTS = 400  # of a drawn line; a screen shows no more
@@ -18,6 +20,7 @@ _LABEL_GAP = 15.0
 _LONGEST_LABEL = 14  # characters of a name beside its line
 
 Points = list[tuple[float, float]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +58,15 @@ def scientific(number: float) -> str:
     """A learning rate: 0, 0.02, 5·10⁻⁴."""
     if number == 0 or abs(number) >= 0.01:
         return f"{number:.3g}"
-    mantissa, exponent = f"{number:.1e}".split("e")
+    mantissa, exponent = f"{number:.2e}".split("e")
     power = str(int(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{mantissa.removesuffix('.0')}·10{power}"
+    return f"{mantissa.rstrip('0').rstrip('.')}·10{power}"
 
 
 def significant(number: float) -> str:
-    """A loss: three digits, without an exponent where one can do without it."""
-    return f"{number:.3g}" if 1e-3 <= abs(number) < 1e3 or number == 0 else compact(round(number, 4))
+    """A loss: three digits and a true minus sign."""
+    text = f"{number:#.3g}".removesuffix(".") if 1e-3 <= abs(number) < 1e3 else compact(number)
+    return text.replace("-", "−")
 
 
 def smooth(points: Points) -> Points:
@@ -70,18 +74,19 @@ def smooth(points: Points) -> Points:
 
     The window shrinks at the start, where a loss falls too steeply for a mean to be true, and is cut off at the end.
     """
-    radius = len(points) // 60
+    most = len(points) // 60
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
     smoothed = []
     for i, (x, _) in enumerate(points):
-        low, high = i - min(radius, i), min(len(points), i + min(radius, i) + 1)
+        radius = min(most, max(i, most // 4))
+        low, high = max(0, i - radius), min(len(points), i + radius + 1)
         smoothed.append((x, (sums[high] - sums[low]) / (high - low)))
     return smoothed
 
 
-def thin(points: Points, limit: int = MAX_POINTS) -> Points:
+def thin(points: list[T], limit: int = MAX_POINTS) -> list[T]:
     """At most ``limit`` of the points, evenly spaced, the first and the last among them."""
     if len(points) <= limit:
         return points
@@ -95,7 +100,7 @@ def envelope(points: Points, limit: int = MAX_POINTS) -> Points:
     count = limit // 2
     edges = [round(i * len(points) / count) for i in range(count + 1)]
     kept: Points = []
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         stretch = range(low, high)
         ends = {min(stretch, key=lambda i: points[i][1]), max(stretch, key=lambda i: points[i][1])}
         kept += [points[i] for i in sorted(ends)]
@@ -128,17 +133,20 @@ def line_chart(
     """A figure: title, note, and one line per model over pairs seen, each labelled at its end.
 
     ``noisy`` lines are drawn smoothed over a light line of the raw values; others get a dot per value while they are
-    few. ``x_max`` is the end of the x axis, shared by the charts of a page. Returns "" when no line has a point.
+    few. ``x_max`` is the end of the x axis, shared by the charts of a page. A model without points still counts for
+    the layout. Returns "" when no line has a point.
     """
     drawn = [(line, smooth(line.points) if noisy else line.points) for line in lines if line.points]
     if not drawn:
         return ""
     ends = [number(points[-1][1]) + unit for _, points in drawn]
-    # A line that is alone needs no name beside it.
-    labels = [("" if len(drawn) == 1 else _short(line.name), end) for (line, _), end in zip(drawn, ends, strict=True)]
-    right = 18 + 6.6 * max(len(name) + len(end) + bool(name) for name, end in labels)
+    # On a page of one model no line needs its name beside it. Equal room makes the x axes of all charts equal.
+    labels = [(_short(line.name) if len(lines) > 1 else "", end) for (line, _), end in zip(drawn, ends, strict=True)]
+    longest = max(len(_short(line.name)) for line in lines) + 1 if len(lines) > 1 else 0
+    right = 18 + 6.8 * (longest + max(6, *map(len, ends)))
     y_ticks = _y_ticks(drawn, noisy, from_zero)
-    frame = _Frame(_LEFT, width - right, x_max or 1.0, y_ticks[0], y_ticks[-1])
+    left = max(_LEFT, 14 + 6.2 * max(map(len, tick_labels(y_ticks))))
+    frame = _Frame(left, width - right, x_max or 1.0, y_ticks[0], y_ticks[-1])
     parts = [_grid(frame, y_ticks, unit)]
     parts += [_drawing(frame, line, points, noisy) for line, points in drawn]
     parts.append(_end_labels(frame, drawn, labels))
@@ -196,7 +204,7 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     if largest < 0.01:
         return [scientific(value) for value in values]
     decimals = next(n for n in range(13) if all(abs(value - round(value, n)) < 1e-9 for value in values))
-    return [f"{value:.{decimals}f}" for value in values]
+    return [f"{value:.{decimals}f}".replace("-", "−") for value in values]
 
 
 def _grid(frame: _Frame, y_ticks: list[float], unit: str) -> str:
@@ -204,8 +212,8 @@ def _grid(frame: _Frame, y_ticks: list[float], unit: str) -> str:
     for tick, text in zip(y_ticks, tick_labels(y_ticks), strict=True):
         y = frame.y(tick)
         kind = "axis" if tick == y_ticks[0] else "grid"
-        parts.append(f'<path class="{kind}" d="M{frame.left} {y:.1f}H{frame.right:.1f}"/>')
-        parts.append(f'<text x="{frame.left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(text + unit)}</text>')
+        parts.append(f'<path class="{kind}" d="M{frame.left:.1f} {y:.1f}H{frame.right:.1f}"/>')
+        parts.append(f'<text x="{frame.left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(text + unit)}</text>')
     for tick in ticks(0, frame.x_max):
         if tick <= frame.x_max * 1.001:
             x = frame.x(tick)
@@ -226,9 +234,12 @@ def _drawing(frame: _Frame, line: Line, points: Points, noisy: bool) -> str:
     title = f"<title>{escape(line.name)}</title>"
     parts.append(f'<path class="line {colour}" d="{frame.path(kept)}"{dashes}>{title}</path>')
     dots = kept if not noisy and len(kept) <= 30 else kept[-1:]
-    for x, y in dots:
+    for number, (x, y) in enumerate(dots, start=1):
+        radius = 3.5 if number == len(dots) else 2.2
         title = f"<title>{escape(line.name)}: {y:.4g} after {x:,.0f} pairs</title>"
-        parts.append(f'<circle class="{colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3">{title}</circle>')
+        parts.append(
+            f'<circle class="{colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}">{title}</circle>'
+        )
     return "".join(parts)
 
 

@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from declip.evaluation.charts import Line, Points, compact, finite_points, line_chart, scientific
+from declip.evaluation.charts import Line, Points, compact, finite_points, line_chart, scientific, thin
 from declip.evaluation.report_sections import (
     Hit,
     ModelResult,
@@ -28,18 +28,19 @@ from declip.evaluation.report_style import CSS
 
 __all__ = ["Hit", "ModelResult", "Query", "write_report"]
 
-_TERMS = {
-    "contrastive": "match every picture with its caption",
-    "sigmoid": "say of each picture and caption whether they belong together",
-    "simsiam": "two views of a picture predict each other",
-    "simclr": "find the other view of the same picture",
-    "masked_language": "predict the hidden words of a caption",
-    "nearest_neighbour": "match pictures with captions of similar pairs",
-    "token_wise": "match patches with words",
+_TERMS = {  # in the order of the charts: title, and what the term asks of the model
+    "contrastive": ("Contrastive", "match every picture with its caption"),
+    "sigmoid": ("Sigmoid", "say of every picture and caption whether they belong together"),
+    "simsiam": ("SimSiam", "two views of a picture predict each other"),
+    "simclr": ("SimCLR", "find the other view of the same picture"),
+    "masked_language": ("Masked language", "predict the hidden words of a caption"),
+    "nearest_neighbour": ("Nearest neighbour", "match pictures with captions of similar pairs"),
+    "token_wise": ("Token-wise", "match patches with words"),
 }
 _SCORE: dict[str, Any] = {"noisy": False, "from_zero": True, "number": "{:.1f}".format, "unit": "%"}
 _SPEED: dict[str, Any] = {"from_zero": True, "number": compact}
 _RATE: dict[str, Any] = {"noisy": False, "from_zero": True, "number": scientific}
+_ROWS = 20_000  # of a history that has more, so many, evenly spaced, are looked at
 _Chart = tuple[str, str, list[Line], dict[str, Any]]  # title, note, lines, options of line_chart
 
 
@@ -112,7 +113,7 @@ def _training(models: Sequence[ModelResult]) -> str:
     found = list(dict.fromkeys(term for model in models for row in model.history for term in row.get("terms") or {}))
     terms = [term for term in _TERMS if term in found] + [term for term in found if term not in _TERMS]
     losses: list[_Chart] = [
-        (words(term).capitalize(), _TERMS.get(term, ""), _lines(models, "terms", term), {}) for term in terms
+        (*_TERMS.get(term, (words(term).capitalize(), "")), _lines(models, "terms", term), {}) for term in terms
     ] or [("Loss", "weighted sum of all terms", _lines(models, "loss"), {})]
     progress: list[_Chart] = [
         ("Held-out score", "percent, on pairs held out of training", _held_out(models), _SCORE),
@@ -148,13 +149,14 @@ def _held_out(models: Sequence[ModelResult]) -> list[Line]:
 
 def _points(model: ModelResult, *path: str) -> Points:
     """(pairs seen, value) of the rows that have a finite value under the nested keys, in order of pairs seen."""
-    return sorted(finite_points([(row.get("pairs"), _under(row, path)) for row in model.history]), key=lambda p: p[0])
+    rows = [(row.get("pairs"), value) for row in model.history if (value := _under(row, path)) is not None]
+    return sorted(finite_points(thin(rows, _ROWS)), key=lambda point: point[0])
 
 
 def _under(row: Mapping[str, Any], path: Sequence[str]) -> object:
     value: object = row
     for key in path:
-        value = value.get(key) if isinstance(value, Mapping) else None
+        value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
@@ -177,8 +179,8 @@ def _cost(models: Sequence[ModelResult]) -> str:
         plain = "".join(f'<td class="plain">{cell}</td>' for cell in cells)
         rows.append(f'<tr class="{colour(models, model)}">{name}{plain}</tr>')
     return (
-        '<section><h2>What it took</h2><div class="card scroll spaced" tabindex="0" role="region"'
-        f' aria-label="Cost"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>'
+        '<section><h2>What it took</h2><div class="card scroll spaced" tabindex="0" role="region" aria-label="Cost">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 

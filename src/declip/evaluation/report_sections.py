@@ -76,7 +76,8 @@ def headline(models: Sequence[ModelResult]) -> str:
     if subject.pairs_seen != other.pairs_seen:
         pairs = f"after {subject.pairs_seen:,} pairs against {other.pairs_seen:,}"
     if abs(gap) < ABOUT_LEVEL:
-        return f"{first} and {second} are about level: {first} {_does(key)} {score}{_of(key)}, {second} {reference}, {pairs}."
+        level = f"{first} and {second} are about level"
+        return f"{level}: {first} {_does(key)} {score}{_of(key)}, {second} {reference}, {pairs}."
     if gap < 0:
         return (
             f"{first} is not ahead: it {_does(key)} {score}{_of(key)} and {second} {reference},"
@@ -138,8 +139,8 @@ def results(models: Sequence[ModelResult]) -> str:
     drawn = [(name, _table(models, groups)) for name, groups in tables.items() if groups]
     if not drawn:
         return ""
-    body = "".join((f"<h3>{escape(name)}</h3>" if name else "") + table for name, table in drawn)
-    note = "Percent on test pairs that no model was trained on."
+    body = "".join((f"<h3>{escape(name[0].upper() + name[1:])}</h3>" if name else "") + table for name, table in drawn)
+    note = "In percent, on the test pairs."
     if _has_retrieval(models):
         note += " R@5 is the share of queries that have a right answer among the first five."
     return f'<section><h2>Results</h2><p class="note">{note}</p>{body}</section>'
@@ -152,7 +153,6 @@ def _has_retrieval(models: Sequence[ModelResult]) -> bool:
 def _table(models: Sequence[ModelResult], groups: Mapping[str, Sequence[tuple[str, str]]]) -> str:
     keys = [key for columns in groups.values() for key, _ in columns]
     starts = {columns[0][0] for columns in groups.values()}
-    top = max((model.metrics[key] for model in models for key in keys if key in model.metrics), default=0.0) or 1.0
     head = ""
     if any(groups):
         cells = (f'<th class="group start" scope="colgroup" colspan="{len(c)}">{g}</th>' for g, c in groups.items())
@@ -162,7 +162,7 @@ def _table(models: Sequence[ModelResult], groups: Mapping[str, Sequence[tuple[st
     head += "".join(f'<th scope="col"{_start(key, starts)}>{escape(column)}</th>' for key, column in titles) + "</tr>"
     rows = []
     for model in models:
-        cells = (_cell(models, model, key, top, key in starts) for key in keys)
+        cells = (_cell(models, model, key, key in starts) for key in keys)
         rows.append(f'<tr class="{colour(models, model)}"><th scope="row" class="name">{escape(model.name)}</th>')
         rows += [*cells, "</tr>"]
     if len(models) == 2:
@@ -178,7 +178,7 @@ def _start(key: str, starts: set[str]) -> str:
     return ' class="start"' if key in starts else ""
 
 
-def _cell(models: Sequence[ModelResult], model: ModelResult, key: str, top: float, start: bool) -> str:
+def _cell(models: Sequence[ModelResult], model: ModelResult, key: str, start: bool) -> str:
     classes = ["start"] if start else []
     if key not in model.metrics:
         return f'<td class="{" ".join(classes)}"><span class="value">–</span></td>'
@@ -186,7 +186,7 @@ def _cell(models: Sequence[ModelResult], model: ModelResult, key: str, top: floa
     if len(models) > 1 and text == f"{max(m.metrics[key] for m in models if key in m.metrics):.1f}":
         classes.append("best")
         text = f"<strong>{text}</strong>"
-    share = min(100.0, max(0.0, 100 * model.metrics[key] / top))
+    share = min(100.0, max(0.0, model.metrics[key]))
     bar = f'<span class="bar" aria-hidden="true"><i style="width:{share:.1f}%"></i></span>'
     return f'<td class="{" ".join(classes)}"><span class="value">{text}</span>{bar}</td>'
 
@@ -216,10 +216,13 @@ def pictures(models: Sequence[ModelResult], queries: Sequence[Query]) -> str:
         shown = [hit for query in queries for hit in query.hits.get(model.name, ())[:HITS_SHOWN]]
         if shown:
             right = sum(hit.right for hit in shown)
-            counts.append(
-                f'<span class="name {colour(models, model)}">{escape(model.name)}</span> {right} of {len(shown)} right'
-            )
-    note = f"The first {HITS_SHOWN} pictures that each model finds for a text, best first: " + ", ".join(counts) + "."
+            name = f'<span class="name {colour(models, model)}">{escape(model.name)}</span>'
+            counts.append(f'<span class="count">{name} {right} of {len(shown)}</span>')
+    note = (
+        f"The first {HITS_SHOWN} pictures that each model finds for a text, best first, the right ones framed: "
+        + ", ".join(counts)
+        + "."
+    )
     finder = "What it finds" if len(models) == 1 else "What they find"
     cards = "".join(_query(models, query) for query in queries)
     return f'<section><h2>{finder}</h2><p class="note">{note}</p><div class="queries">{cards}</div></section>'

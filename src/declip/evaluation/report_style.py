@@ -26,13 +26,13 @@ CSS = """
 html { -webkit-text-size-adjust: 100% }
 body {
   background: var(--page); color: var(--ink); padding: 72px 32px 96px;
-  font: 16px/1.55 Inter, ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+  font: 16px/1.55 Inter, ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif;
   font-variant-numeric: tabular-nums; text-rendering: optimizeLegibility;
 }
 main, header { max-width: 1080px; margin: 0 auto }
 .eyebrow { color: var(--soft); font-size: 14px; font-weight: 600; letter-spacing: .01em }
 h1 { font-size: clamp(26px, 3.6vw, 40px); line-height: 1.22; letter-spacing: -.022em; font-weight: 650;
-     margin: 14px 0 22px; max-width: 25em; text-wrap: balance }
+     font-variant-numeric: proportional-nums; margin: 14px 0 22px; max-width: 25em; text-wrap: balance }
 h1 b { color: var(--c); font-weight: inherit; white-space: nowrap }
 .intro { color: var(--soft); font-size: 18px; max-width: 42em; text-wrap: pretty }
 section { margin-top: 72px }
@@ -80,6 +80,7 @@ table + h3, .card + h3 { margin-top: 40px }
                 background: var(--right); border: 2px solid var(--card) }
 .right::before { content: ""; position: absolute; z-index: 1; right: 2px; top: -1px; width: 4px; height: 8px;
                  border: solid var(--card); border-width: 0 2px 2px 0; transform: rotate(42deg) }
+.note .count { white-space: nowrap }
 .nothing { color: var(--soft); font-size: 14px }
 
 .charts { display: grid; gap: 20px; grid-template-columns: repeat(2, minmax(0, 1fr)) }
@@ -98,7 +99,7 @@ table + h3, .card + h3 { margin-top: 40px }
 .line { stroke: var(--c); stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round }
 .raw { stroke: var(--c); stroke-width: 1; opacity: .2 }
 .leader { stroke: var(--c); stroke-width: 1; opacity: .45 }
-.chart circle { fill: var(--c); stroke: var(--card); stroke-width: 1.5 }
+.chart circle { fill: var(--c) }
 
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 300px), 1fr)); padding: 10px 24px;
      column-gap: 40px }
@@ -123,7 +124,7 @@ code { font: 14px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation
   .found { grid-template-columns: 1fr; gap: 8px }
   .found .who small { display: inline; margin-left: 6px }
   .chart { padding: 16px 12px 12px }
-  .chart text { font-size: 15px }
+  .charts:not(.three) text { font-size: 14px }
   .steps li { grid-template-columns: minmax(0, 1fr) }
   th, td { padding-left: 12px; padding-right: 12px }
 }

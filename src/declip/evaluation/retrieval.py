@@ -76,7 +76,7 @@ def _ranks_of_images(images: Tensor, texts: Tensor, image_of_text: Tensor, chunk
 
 def _ranks_of_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, chunk: int | None) -> Tensor:
     """For each image with a caption, how many wrong texts stand above the best of its own: int64 ``[queries]``."""
-    queries = image_of_text.unique()
+    queries = torch.unique(image_of_text)
     ranks = []
     for rows in chunks(len(queries), len(texts), chunk):
         scores = images[queries[rows]] @ texts.T

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a class is the mean of its prompts' text embeddings (Radford et al. 2021, section 3.1.4)."""
+"""Zero-shot classification: a class is the mean of its prompts' embeddings (Radford et al. 2021, section 3.1.4)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def zero_shot_metrics(image_embeddings: Tensor, class_embeddings: Tensor, labels
         class_embeddings: float32 ``[classes, width]``, normalised.
         labels: int64 ``[images]``, the row of each image's class.
 
-    Ties are counted against the model, as in retrieval. Raises ValueError where there is no image or a label does not fit.
+    Ties are counted against the model, as in retrieval.
+    Raises ValueError where there is no image or a label does not fit.
     """
     classes = len(class_embeddings)
     if not len(labels) or labels.shape != (len(image_embeddings),):

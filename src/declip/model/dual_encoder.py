@@ -53,6 +53,9 @@ class DualEncoder(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.clip = build_towers(recipe.model)
+        size = self.clip.visual.image_size
+        self.image_size: int = size[0] if isinstance(size, tuple) else size
+        self.context_length: int = self.clip.context_length
         self.logit_scale_range = recipe.model.logit_scale_range
         self.needs_tokens = "masked_language" in recipe.terms.active()
         width = self.clip.token_embedding.embedding_dim

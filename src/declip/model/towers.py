@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.errors import InputError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 MASK_ID = 49408  # one past open_clip's vocabulary: the mask token is ours, the open_clip model never sees it
 EOT_ID = 49407
+GROUP = 64  # captions that run together on a CPU
 
 
 def model_config(model: Model) -> dict[str, Any]:
@@ -22,8 +24,8 @@ def model_config(model: Model) -> dict[str, Any]:
     if model.name is None:
         config: dict[str, Any] = {
             "embed_dim": model.embed_dim,
-            "vision_cfg": dict(model.image),
-            "text_cfg": dict(model.text),
+            "vision_cfg": model.image.model_dump(exclude={"patch_size"} if isinstance(model.image.layers, list) else set()),
+            "text_cfg": model.text.model_dump(),
         }
         if model.quick_gelu:
             config["quick_gelu"] = True
@@ -66,14 +68,32 @@ def encode_text(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None = None
 
     tokens: int64 [batch, tokens]; ids equal to MASK_ID take `mask_embedding` [width].
     Returns the embeddings [batch, dim], not normalised, and the final tokens [batch, tokens, width].
+
+    On a CPU, where time goes with the number of positions, captions run in groups of like length, so that short ones
+    are not padded to the longest; the positions after a caption's end are then 0.
     """
-    length = tokens.shape[1]
+    x = _embed(clip, tokens, mask_embedding)
+    if tokens.device.type != "cpu" or tokens.shape[0] <= GROUP:
+        return _encode_group(clip, tokens, x)
+    lengths, order = (tokens != 0).sum(dim=1).sort()
+    groups = zip(order.split(GROUP), lengths.split(GROUP), strict=True)
+    encoded = [_encode_group(clip, tokens[rows, : int(own[-1])], x[rows, : int(own[-1])]) for rows, own in groups]
+    back = order.argsort()
+    longest = tokens.shape[1]
+    final = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for _, x in encoded])
+    return torch.cat([embedding for embedding, _ in encoded])[back], final[back]
+
+
+def _embed(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None) -> Tensor:
     if mask_embedding is None:
-        x = clip.token_embedding(tokens)
-    else:
-        masked = tokens == MASK_ID
-        x = clip.token_embedding(tokens.masked_fill(masked, 0))
-        x = torch.where(masked.unsqueeze(-1), mask_embedding.to(x.dtype), x)
+        return clip.token_embedding(tokens)
+    masked = tokens == MASK_ID
+    x = clip.token_embedding(tokens.masked_fill(masked, 0))
+    return torch.where(masked.unsqueeze(-1), mask_embedding.to(x.dtype), x)
+
+
+def _encode_group(clip: CLIP, tokens: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    length = tokens.shape[1]
     x = x + clip.positional_embedding[:length]
     x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
     x = clip.ln_final(x)
@@ -81,5 +101,4 @@ def encode_text(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None = None
     end = (tokens == EOT_ID).int().argmax(dim=-1)
     pooled = x[torch.arange(x.shape[0], device=x.device), end]
     projection = clip.text_projection
-    embedding = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
-    return embedding, x
+    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection, x

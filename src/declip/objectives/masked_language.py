@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,16 +15,28 @@ class MaskedLanguage(nn.Module):
 
     The head runs on hidden positions alone, about one in seven; its vocabulary is large and the rest would be unused.
     A batch in which nothing is hidden costs 0.
+
+    vocabulary: how many token ids there are
+    used: int64 [used], the ids to choose from where not all are: a small set uses a few thousand, and the others
+        would only be pushed down
     """
 
-    def __init__(self, width: int, vocabulary: int) -> None:
+    index: Tensor | None
+
+    def __init__(self, width: int, vocabulary: int, used: Tensor | None = None) -> None:
         super().__init__()
-        self.head = nn.Linear(width, vocabulary)
+        self.head = nn.Linear(width, vocabulary if used is None else len(used))
+        index = None
+        if used is not None:
+            index = torch.full((vocabulary,), -100)
+            index[used] = torch.arange(len(used))
+        self.register_buffer("index", index)
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
         if features.masked_tokens is None or batch.labels is None:
             raise ValueError("masked language modelling needs the masked text view and its tokens")
         hidden = batch.labels != -100
         logits = self.head(features.masked_tokens[hidden]).float()
-        total = F.cross_entropy(logits, batch.labels[hidden], reduction="sum")
+        labels = batch.labels[hidden] if self.index is None else self.index[batch.labels[hidden]]
+        total = F.cross_entropy(logits, labels, reduction="sum")
         return total / hidden.sum().clamp(min=1)

@@ -28,8 +28,12 @@ class Objective(nn.Module):
         return total, values
 
 
-def build_objective(recipe: Recipe, model: DualEncoder) -> Objective:
-    """The terms that a recipe asks for, with heads that fit the model's towers."""
+def build_objective(recipe: Recipe, model: DualEncoder, used_tokens: Tensor | None = None) -> Objective:
+    """The terms that a recipe asks for, with heads that fit the model's towers.
+
+    used_tokens: int64 [used], the token ids of the training captions, for a masked language term that chooses among
+    them alone.
+    """
     asked = recipe.terms
     dim = model.clip.text_projection.shape[-1] if isinstance(model.clip.text_projection, nn.Parameter) else (
         model.clip.text_projection.out_features
@@ -41,7 +45,8 @@ def build_objective(recipe: Recipe, model: DualEncoder) -> Objective:
     if asked.simsiam:
         terms["simsiam"] = SimSiam(dim, asked.simsiam.width, asked.simsiam.bottleneck)
     if asked.masked_language:
-        terms["masked_language"] = MaskedLanguage(width, vocabulary + 1)  # the mask token has a row too
+        used = used_tokens if asked.masked_language.vocabulary == "used" else None
+        terms["masked_language"] = MaskedLanguage(width, vocabulary + 1, used)  # the mask token has a row too
     if asked.nearest_neighbour:
         neighbour = asked.nearest_neighbour
         terms["nearest_neighbour"] = NearestNeighbour(

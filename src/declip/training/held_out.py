@@ -19,10 +19,9 @@ from declip.recipe import Recipe
 class HeldOut:
     """Held-out pairs, prepared once: evaluation views as uint8 and tokens."""
 
-    def __init__(self, images: Images, recipe: Recipe) -> None:
+    def __init__(self, images: Images, recipe: Recipe, size: int, context_length: int) -> None:
         count = len(images.source)
         chosen = np.random.default_rng(recipe.seed).permutation(count)[: recipe.evaluation.max_items]
-        size, context = int(recipe.model.image["image_size"]), int(recipe.model.text.get("context_length", 77))
         tokenizer, views, ids, owners = Tokenizer(), [], [], []
         for index in sorted(chosen.tolist()):
             try:
@@ -34,7 +33,7 @@ class HeldOut:
             ids += [tokenizer.encode(caption) for caption in captions]
             views.append(view)
         self.images = torch.from_numpy(np.stack(views))
-        self.tokens = torch.from_numpy(tokenize(ids, context))
+        self.tokens = torch.from_numpy(tokenize(ids, context_length))
         self.image_of_text = torch.tensor(owners)
 
     @torch.inference_mode()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from declip.data.captions import Tokenizer
 from declip.data.loader import BatchMaker, Images, check_broken, make_loader, open_images
 from declip.data.sources import BrokenPair, Source, open_sources, split_holdout, take_fraction
 from declip.errors import InputError
@@ -51,11 +52,12 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
             f"schedule.batch_size = {recipe.schedule.batch_size} is larger than the training set of {len(pairs)} pairs."
         )
     images = open_images(pairs, recipe.data.cache_gb, recipe.data.broken_limit)
-    held_out = HeldOut(open_images(held_pairs, recipe.data.cache_gb, 1.0), recipe) if held_pairs else None
+    held_images = open_images(held_pairs, recipe.data.cache_gb, 1.0) if held_pairs else None
     steps = total_steps(recipe, len(pairs))
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
-    objective = build_objective(recipe, model)
+    objective = build_objective(recipe, model, used_tokens(recipe, pairs))
+    held_out = HeldOut(held_images, recipe, model.image_size, model.context_length) if held_images else None
     going_on = open_run(out, recipe, resume)
     run = Run(recipe, out, device, model, objective, images, held_out, steps)
     if going_on:
@@ -83,6 +85,16 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
     if data.fraction < 1:
         pairs = take_fraction(pairs, data.fraction, data.fraction_seed)
     return pairs, held if held is not None and len(held) > 1 else None
+
+
+def used_tokens(recipe: Recipe, pairs: Source) -> Tensor | None:
+    """The token ids that occur in the training captions, where a term of the recipe asks for them."""
+    term = recipe.terms.masked_language
+    if term is None or term.vocabulary == "all":
+        return None
+    tokenizer = Tokenizer()
+    captions = (caption for index in range(len(pairs)) for caption in pairs.captions(index))
+    return torch.tensor(sorted({token for caption in captions for token in tokenizer.encode(caption)}))
 
 
 def total_steps(recipe: Recipe, pairs: int) -> int:
@@ -145,7 +157,7 @@ class Run:
 
     def go(self, log: RunLog) -> None:
         """Train from the step reached to the end."""
-        maker = BatchMaker(self.images, self.recipe)
+        maker = BatchMaker(self.images, self.recipe, self.model.image_size, self.model.context_length)
         model = torch.compile(self.model) if self.recipe.engine.compile else self.model
         every = max(1, round(self.recipe.evaluation.every * self.steps))
         self.model.train()
@@ -176,7 +188,7 @@ class Run:
                 speed = (self.step - logged_step) * self.recipe.schedule.batch_size / max(now - logged, 1e-9)
                 log.train(self._row(loss, terms, rate, speed))
             if judged:
-                self._judge(log, float(loss))
+                self._judge(log, float(loss.detach()))
             if judged or now - saved >= SAVE_SECONDS:
                 self.save()
                 saved = time.perf_counter()
@@ -195,9 +207,9 @@ class Run:
             "step": self.step,
             "pairs": self.step * self.recipe.schedule.batch_size,
             "seconds": round(self.seconds, 2),
-            "loss": float(loss),
-            "terms": {name: float(value) for name, value in terms.items()},
-            "logit_scale": float(self.model.clip.logit_scale.exp()),
+            "loss": float(loss.detach()),
+            "terms": {name: float(value.detach()) for name, value in terms.items()},
+            "logit_scale": float(self.model.clip.logit_scale.detach().exp()),
             "lr": rate,
             "samples_per_second": round(speed, 1),
         }
@@ -227,7 +239,7 @@ class Run:
         return bool(patience) and self.worse_in_a_row >= patience
 
     def _stop_if_not_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        if math.isfinite(float(loss)):
+        if math.isfinite(float(loss.detach())):
             return
         self.save()  # the weights before this step are good
         bad = [name for name, value in terms.items() if not math.isfinite(float(value))]

@@ -1,0 +1,347 @@
+"""Image views against torchvision's own transforms, and their statistics."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from declip.data import images
+from declip.data.images import STRONG, WEAK, Jitter, View, decode_image, draw_view, eval_view, make_view, random_view
+from declip.recipe import ImageViews
+
+
+def picture(height: int, width: int, seed: int = 0) -> images.Pixels:
+    """A smooth colourful image with some noise and a white part."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    noisy = np.clip(smooth + rng.integers(-20, 21, smooth.shape), 0, 255).astype(np.uint8)
+    noisy[: height // 4, : width // 3] = 255
+    return noisy
+
+
+def difference(ours: images.Pixels, theirs: Image.Image | images.Pixels) -> tuple[float, int]:
+    """Mean and largest difference in grey levels."""
+    apart = np.abs(ours.astype(int) - np.asarray(theirs).astype(int))
+    return float(apart.mean()), int(apart.max())
+
+
+def planes_of(image: images.Pixels) -> images.Planes:
+    return image.reshape(-1, 3).T.astype(np.float32).copy()
+
+
+def pixels_of(planes: images.Planes, like: images.Pixels) -> images.Pixels:
+    return (planes + 0.5).astype(np.uint8).T.reshape(like.shape)
+
+
+# Decoding
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def test_decode_keeps_pixels() -> None:
+    image = picture(20, 30)
+    decoded = decode_image(encoded(Image.fromarray(image)))
+    np.testing.assert_array_equal(decoded, image)
+    assert decoded.dtype == np.uint8
+    assert decoded.flags.c_contiguous
+    assert decoded.flags.writeable
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_alpha_is_laid_on_white(kind: str) -> None:
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:2] = (200, 0, 0, 255)
+    pixels[2:] = (200, 0, 0, 0)
+    decoded = decode_image(encoded(Image.fromarray(pixels), kind, lossless=True))
+    assert (decoded[:2] == (200, 0, 0)).all()
+    assert (decoded[2:] == 255).all()
+
+
+def test_half_alpha_and_grey_alpha() -> None:
+    decoded = decode_image(encoded(Image.new("LA", (3, 3), (0, 128))))
+    assert (np.abs(decoded.astype(int) - 127) <= 1).all()
+
+
+def test_transparent_palette() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    decoded = decode_image(encoded(palette, transparency=1))
+    assert decoded.tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+def test_other_modes() -> None:
+    assert (decode_image(encoded(Image.new("L", (2, 2), 77))) == 77).all()
+    assert (decode_image(encoded(Image.new("1", (2, 2), 1))) == 255).all()
+    assert decode_image(encoded(Image.new("CMYK", (2, 2)), "JPEG")).shape == (2, 2, 3)
+    deep = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
+    assert (decode_image(encoded(deep)) == 0x80).all()
+
+
+def test_orientation_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees
+    assert decode_image(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)).shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_broken_images_raise_value_error(kind: str) -> None:
+    whole = encoded(Image.fromarray(picture(64, 64)), kind)
+    for data in (whole[: len(whole) // 2], whole[:20], b"", b"no image at all"):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            decode_image(data)
+
+
+# Evaluation view
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 128), (100, 71), (71, 100), (333, 90), (33, 40), (20, 20)])
+def test_eval_view_is_resize_and_centre_crop(shape: tuple[int, int]) -> None:
+    image = picture(*shape)
+    wanted = functional.center_crop(functional.resize(Image.fromarray(image), 64), [64, 64])
+    view = eval_view(image, 64)
+    assert view.shape == (64, 64, 3)
+    assert view.dtype == np.uint8
+    assert view.flags.c_contiguous
+    assert difference(view, wanted)[1] <= 1
+
+
+def test_eval_view_of_a_thread_stays_small() -> None:
+    assert eval_view(picture(4, 5000), 64).shape == (64, 64, 3)
+
+
+def test_eval_view_never_shares_memory() -> None:
+    image = picture(64, 64)
+    assert not np.shares_memory(eval_view(image, 64), image)
+
+
+# Crop
+
+
+@pytest.mark.parametrize("size", [32, 64, 100])
+def test_crop_and_resize_equal_torchvision(size: int) -> None:
+    image = picture(80, 90)
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        height, width = int(rng.integers(1, 81)), int(rng.integers(1, 91))
+        box = (int(rng.integers(81 - height)), int(rng.integers(91 - width)), height, width)
+        wanted = functional.resized_crop(Image.fromarray(image), *box, [size, size])
+        assert difference(make_view(image, size, View(box)), wanted)[1] <= 1
+        flipped = make_view(image, size, View(box, flip=True))
+        np.testing.assert_array_equal(flipped, make_view(image, size, View(box))[:, ::-1])
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_both_layouts_resize_alike(size: int) -> None:
+    crop = picture(60, 50)
+    flat = images._resize(crop, size, True, planar=False).reshape(size, size, 3)
+    planes = images._resize(crop, size, True, planar=True).reshape(3, size, size)
+    np.testing.assert_allclose(flat, planes.transpose(1, 2, 0), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 60), (40, 200)])
+@pytest.mark.parametrize("views", [WEAK, STRONG], ids=["weak", "strong"])
+def test_crops_are_distributed_as_torchvisions(shape: tuple[int, int], views: ImageViews) -> None:
+    height, width = shape
+    rng = np.random.default_rng(2)
+    ours = np.array([draw_view(height, width, views, rng).box for _ in range(2000)])
+    image = Image.fromarray(picture(height, width))
+    scale, ratio = list(views.crop_scale), list(views.crop_ratio)
+    theirs = np.array([transforms.RandomResizedCrop.get_params(image, scale, ratio) for _ in range(2000)])
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+    shares = np.linspace(0.1, 0.9, 9)
+    for ours_of, theirs_of, range_of in [
+        (ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3], height * width),
+        (ours[:, 2] / ours[:, 3], theirs[:, 2] / theirs[:, 3], 1.0),
+        (ours[:, 0], theirs[:, 0], height),
+        (ours[:, 1], theirs[:, 1], width),
+    ]:
+        apart = np.abs(np.quantile(ours_of, shares) - np.quantile(theirs_of, shares))
+        assert apart.max() < 0.06 * range_of
+
+
+@pytest.mark.parametrize(("shape", "box"), [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))])
+def test_thin_images_fall_back_to_the_centre(shape: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    assert draw_view(*shape, ImageViews(crop_scale=(0.9, 1.0)), np.random.default_rng(0)).box == box
+
+
+def test_one_pixel() -> None:
+    image = np.full((1, 1, 3), 9, np.uint8)
+    assert (random_view(image, 8, ImageViews(flip=1.0), np.random.default_rng(0)) == 9).all()
+
+
+# Colours
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.4])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_jitter_equals_torchvision(name: str, factor: float) -> None:
+    image = picture(64, 64)
+    ours = pixels_of(getattr(images, f"_{name}")(planes_of(image), factor), image)
+    theirs = getattr(functional, f"adjust_{name}")(Image.fromarray(image), factor)
+    assert difference(ours, theirs)[1] <= 2
+
+
+@pytest.mark.parametrize("shift", [-0.5, -0.3, -0.1, -0.02, 0.0, 0.05, 0.1, 1 / 6, 0.4, 0.5])
+def test_hue_is_exact(shift: float) -> None:
+    image = picture(16, 16)
+    image[8] = image[8, :, :1]  # greys have no hue
+    image[9, :3] = np.eye(3) * 255
+    turned = images._hue(planes_of(image), shift).T
+    for ours, pixel in zip(turned, image.reshape(-1, 3) / 255, strict=True):
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+        wanted = np.array(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value)) * 255
+        np.testing.assert_allclose(ours, wanted, atol=1e-2)
+
+
+def test_grayscale_equals_torchvision() -> None:
+    image = picture(64, 64)
+    view = make_view(image, 64, View((0, 0, 64, 64), grayscale=True))
+    assert difference(view, functional.rgb_to_grayscale(Image.fromarray(image), 3))[1] <= 1
+
+
+@pytest.mark.parametrize("size", [48, 64, 96])
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0, 5.0])
+def test_blur_equals_pil(size: int, sigma: float) -> None:
+    image = picture(size, size)
+    wanted = Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))
+    mean, largest = difference(make_view(image, size, View((0, 0, size, size), sigma=sigma)), wanted)
+    assert mean < 0.7
+    assert largest <= 3
+
+
+def colours_in_torchvision(image: Image.Image, jitter: Jitter, as_floats: bool) -> Image.Image:
+    """Torchvision's colour jitter, on the PIL image or on a float tensor; its hue of a PIL image has 8 bits only."""
+    values = functional.to_tensor(image) if as_floats else image
+    for operation in jitter.order:
+        name = ("brightness", "contrast", "saturation", "hue")[operation]
+        values = getattr(functional, f"adjust_{name}")(values, jitter[operation])
+    return functional.to_pil_image(values) if as_floats else values
+
+
+@pytest.mark.parametrize("grayscale", [False, True])
+@pytest.mark.parametrize("size", [48, 64, 80])
+@pytest.mark.parametrize(("as_floats", "mean_limit", "limit"), [(True, 1, 4), (False, 3, 15)], ids=["float", "pil"])
+def test_whole_views_equal_torchvision(
+    size: int, grayscale: bool, as_floats: bool, mean_limit: float, limit: int
+) -> None:
+    image = picture(64, 64)
+    rng = np.random.default_rng(3)
+    views = STRONG.model_copy(update={"jitter": 1.0, "blur": 1.0, "grayscale": float(grayscale)})
+    means = []
+    for _ in range(20):
+        view = draw_view(64, 64, views, rng)
+        assert view.jitter is not None
+        assert view.sigma is not None
+        wanted = functional.resized_crop(Image.fromarray(image), *view.box, [size, size])
+        wanted = colours_in_torchvision(wanted, view.jitter, as_floats)
+        if grayscale:
+            wanted = functional.rgb_to_grayscale(wanted, 3)
+        wanted = wanted.filter(ImageFilter.GaussianBlur(view.sigma))
+        wanted = functional.hflip(wanted) if view.flip else wanted
+        mean, largest = difference(make_view(image, size, view), wanted)
+        means.append(mean)
+        assert largest <= limit
+    assert max(means) < mean_limit
+
+
+def test_jitter_is_drawn_as_described() -> None:
+    rng = np.random.default_rng(4)
+    jitters = [draw_view(64, 64, ImageViews(jitter=1.0, contrast=1.5), rng).jitter for _ in range(4000)]
+    drawn = [jitter for jitter in jitters if jitter is not None]
+    assert len(drawn) == 4000
+    for field, low, high in [("brightness", 0.6, 1.4), ("contrast", 0.0, 2.5), ("hue", -0.1, 0.1)]:
+        values = np.array([getattr(jitter, field) for jitter in drawn])
+        assert low <= values.min()
+        assert values.max() <= high
+        wanted = np.linspace(low, high, 11)[1:-1]
+        np.testing.assert_allclose(np.quantile(values, np.linspace(0.1, 0.9, 9)), wanted, atol=0.04 * (high - low))
+    orders = {order: sum(jitter.order == order for jitter in drawn) for order in {jitter.order for jitter in drawn}}
+    assert len(orders) == 24
+    assert min(orders.values()) > 100
+
+
+# Views
+
+
+@pytest.mark.parametrize("size", [24, 64, 70])
+@pytest.mark.parametrize("views", [WEAK, STRONG], ids=["weak", "strong"])
+def test_views_are_contiguous_and_leave_the_image_alone(views: ImageViews, size: int) -> None:
+    image = picture(50, 64)
+    before = image.copy()
+    image.flags.writeable = False
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        view = random_view(image, size, views, rng)
+        assert view.shape == (size, size, 3)
+        assert view.dtype == np.uint8
+        assert view.flags.c_contiguous
+        assert view.flags.writeable
+    np.testing.assert_array_equal(image, before)
+
+
+def test_views_depend_on_the_generator_alone() -> None:
+    image = picture(64, 64)
+
+    def make(seed: int) -> list[images.Pixels]:
+        rng = np.random.default_rng(seed)
+        return [random_view(image, 64, STRONG, rng) for _ in range(5)]
+
+    first, again, other = make(6), make(6), make(7)
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert any((one != two).any() for one, two in zip(first, other, strict=True))
+    assert (first[0] != first[1]).any()
+
+
+def test_rates_are_the_published_ones() -> None:
+    rng = np.random.default_rng(8)
+    drawn = [draw_view(64, 64, STRONG, rng) for _ in range(5000)]
+    rates = {
+        "jitter": (np.mean([view.jitter is not None for view in drawn]), 0.8),
+        "grayscale": (np.mean([view.grayscale for view in drawn]), 0.2),
+        "blur": (np.mean([view.sigma is not None for view in drawn]), 0.5),
+        "flip": (np.mean([view.flip for view in drawn]), 0.5),
+    }
+    for name, (found, wanted) in rates.items():
+        assert abs(found - wanted) < 0.03, name
+    sigmas = [view.sigma for view in drawn if view.sigma is not None]
+    assert min(sigmas) >= 0.1
+    assert max(sigmas) <= 2.0
+    assert abs(np.mean(sigmas) - 1.05) < 0.05
+
+
+def test_probability_zero_and_one() -> None:
+    rng = np.random.default_rng(9)
+    for _ in range(200):
+        never = draw_view(64, 64, ImageViews(flip=1.0), rng)
+        assert never.flip
+        assert never.jitter is None
+        assert not never.grayscale
+        assert never.sigma is None
+        always = draw_view(64, 64, ImageViews(jitter=1.0, grayscale=1.0, blur=1.0), rng)
+        assert not always.flip
+        assert always.jitter is not None
+        assert always.grayscale
+        assert always.sigma is not None
+
+
+def test_identity() -> None:
+    image = picture(64, 64)
+    whole = ImageViews(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    np.testing.assert_array_equal(random_view(image, 64, whole, np.random.default_rng(0)), image)
+    still = View((0, 0, 64, 64), Jitter(1.0, 1.0, 1.0, 0.0, (3, 2, 1, 0)))
+    np.testing.assert_array_equal(make_view(image, 64, still), image)
