@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def run_demo(out: str | Path, minutes: float = 10.0, quiet: bool = False) -> dic
     _write_report(report, recipes["declip"], results, find_pictures(models))
     if not quiet:
         _print_table(results)
-        _print_next(out, report)
+        print("\nGo on with:", *(f"  {command}   # {what}" for what, command in next_commands(out)), sep="\n")
     fields = ("name", "metrics", "pairs_seen", "seconds", "pairs_per_second", "peak_memory_gb")
     return {
         "report": str(report),
@@ -134,10 +135,11 @@ def _write_report(path: Path, recipe: Recipe, results: list[ModelResult], querie
         path,
         title="CLIP and DeCLIP from the same pairs",
         intro="Two models, the same towers, the same pairs, from random weights. Judged on pictures by an artist that "
-        "neither has seen.",
+        "neither has seen. A picture counts as right where its name and keywords hold every word of the query.",
         models=results,
         queries=queries,
         facts=facts,
+        commands=next_commands(path.parent),
     )
 
 
@@ -156,10 +158,10 @@ def _print_table(results: list[ModelResult]) -> None:
     Console().print(table)
 
 
-def _print_next(out: Path, report: Path) -> None:
-    print(
-        f"\nGo on with:\n"
-        f"  declip train declip data.train=pairs.parquet --out runs/mine   # your own pairs\n"
-        f"  declip evaluate {out / 'declip'} pairs.parquet                 # judge a model on pairs\n"
-        f"  open {report}                                                  # the report (xdg-open on Linux)"
-    )
+def next_commands(out: Path) -> list[tuple[str, str]]:
+    """What to do after the demo: (what it does, the command)."""
+    return [
+        ("Train on your own pairs", "declip train declip data.train=pairs.parquet --out runs/mine"),
+        ("Judge a model on pairs", f"declip evaluate {out / 'declip'} pairs.parquet"),
+        ("Open the report", f"{'open' if sys.platform == 'darwin' else 'xdg-open'} {out / 'report.html'}"),
+    ]

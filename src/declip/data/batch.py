@@ -30,7 +30,10 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        moved = {name: getattr(self, name) for name in ("images", "tokens", "labels", "sample_ids")}
         return replace(
-            self, **{name: None if t is None else t.to(device, non_blocking=True) for name, t in moved.items()}
+            self,
+            images=self.images.to(device, non_blocking=True),
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
+            sample_ids=self.sample_ids.to(device, non_blocking=True),
         )

@@ -52,7 +52,7 @@ def evaluate(
     Raises InputError where a source cannot be read, a task is unknown, or a source has nothing for it.
     """
     from declip.data.sources import open_sources
-    from declip.evaluation.prompts import resolve_templates
+    from declip.model.prompts import resolve_templates
     from declip.recipe import Data
 
     for task in tasks or []:
@@ -201,7 +201,8 @@ def _zero_shot(
     """Zero-shot classification of the pairs that have a label. Returns (images, metrics)."""
     import torch
 
-    from declip.evaluation.zero_shot import class_embeddings, zero_shot_metrics
+    from declip.evaluation.zero_shot import zero_shot_metrics
+    from declip.model.class_embeddings import class_embeddings
 
     classes = embedded.classes
     if len(classes) < 2:

@@ -1,41 +1,11 @@
-"""Zero-shot classification: a class is the mean of its prompts' embeddings (Radford et al. 2021, section 3.1.4)."""
+"""Zero-shot classification: how often the class whose prompts lie nearest is the right one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from declip.evaluation.prompts import fill, resolve_templates
 from declip.evaluation.retrieval import chunks, not_below, percent_within
-
-_PROMPTS_AT_ONCE = 4096
-
-
-class TextEncoder(Protocol):
-    """What a model must be able to do here: texts to normalised embeddings ``[texts, width]``."""
-
-    def encode_text(self, texts: list[str]) -> Any: ...
-
-
-def class_embeddings(model: TextEncoder, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
-    """One normalised float32 vector a class: encode every prompt, normalise, average, normalise: ``[classes, width]``.
-
-    Templates are sentences with ``{}`` for the class name, or the names of sets; by default OpenAI's 80.
-    Raises InputError where a template has no ``{}``.
-    """
-    templates = resolve_templates(templates)
-    step = max(1, _PROMPTS_AT_ONCE // len(templates))
-    means = []
-    for start in range(0, len(class_names), step):
-        names = class_names[start : start + step]
-        prompts = [fill(template, name) for name in names for template in templates]
-        embeddings = functional.normalize(torch.as_tensor(model.encode_text(prompts)).float().cpu(), dim=-1)
-        means.append(embeddings.view(len(names), len(templates), -1).mean(1))
-    return functional.normalize(torch.cat(means), dim=-1)
 
 
 def zero_shot_metrics(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> dict[str, float]:

@@ -50,6 +50,9 @@ class Features:
 class DualEncoder(nn.Module):
     """open_clip's towers, run once over all image views and once over all text views."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.clip = build_towers(recipe.model)
@@ -73,12 +76,13 @@ class DualEncoder(nn.Module):
 
     def forward(self, batch: Batch) -> Features:
         views, size = batch.images.shape[:2]
-        image = self.clip.visual(self.pixels(batch.images.flatten(0, 1))).unflatten(0, (views, size))
+        image = torch.unflatten(self.clip.visual(self.pixels(batch.images.flatten(0, 1))), 0, (views, size))
         text, tokens = encode_text(self.clip, batch.tokens.flatten(0, 1), self.mask_embedding)
-        text = text.unflatten(0, (len(batch.text_views), size))
+        text = torch.unflatten(text, 0, (len(batch.text_views), size))
         masked_tokens = None
         if self.needs_tokens:
-            masked_tokens = tokens.unflatten(0, (len(batch.text_views), size))[batch.text_views.index("masked")]
+            by_view = torch.unflatten(tokens, 0, (len(batch.text_views), size))
+            masked_tokens = by_view[batch.text_views.index("masked")]
         return Features(
             image=image,
             text=dict(zip(batch.text_views, text, strict=True)),

@@ -20,7 +20,8 @@ class Projector(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn1(self.linear1(x)).relu()
         x = self.bn2(self.linear2(x)).relu()
-        return self.bn3(self.linear3(x))
+        x = self.bn3(self.linear3(x))
+        return x
 
 
 class Predictor(nn.Module):
@@ -32,4 +33,5 @@ class Predictor(nn.Module):
         self.layer2 = nn.Linear(bottleneck, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer2(self.bn1(self.linear1(x)).relu())
+        x = self.layer2(self.bn1(self.linear1(x)).relu())
+        return x

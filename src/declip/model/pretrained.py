@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.errors import InputError
+from declip.model.class_embeddings import class_embeddings
 from declip.model.export import is_open_clip_folder
 from declip.model.towers import encode_text
 
@@ -80,10 +81,8 @@ class LoadedModel:
         self, images: Iterable[Picture] | Picture, labels: list[str], templates: list[str] | None = None
     ) -> list[dict[str, float]]:
         """For each image the probability of each label, most likely first."""
-        from declip.evaluation.zero_shot import class_embeddings
-
         classes = class_embeddings(self, labels, templates)
-        scale = self.clip.logit_scale.exp().cpu()  # type: ignore[operator, union-attr]
+        scale = self.clip.logit_scale.exp().cpu()  # type: ignore[operator]
         probabilities = (scale * self.encode_image(images) @ classes.T).softmax(dim=-1)
         rows = (dict(zip(labels, row, strict=True)) for row in probabilities.tolist())
         return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]
@@ -92,7 +91,7 @@ class LoadedModel:
         tokens = self.tokenizer(texts).to(self.device)
         if hasattr(self.clip, "token_embedding") and getattr(self.clip, "text_pool_type", "") == "argmax":
             tokens = tokens[:, : int((tokens != 0).sum(dim=1).max())]  # no padding computed
-            return encode_text(self.clip, tokens)[0]  # type: ignore[arg-type]
+            return encode_text(self.clip, tokens)[0]
         return self.clip.encode_text(tokens)  # type: ignore[operator, no-any-return]
 
     @staticmethod

@@ -22,9 +22,10 @@ GROUP = 64  # captions that run together on a CPU
 def model_config(model: Model) -> dict[str, Any]:
     """The architecture in the words of an open_clip model config."""
     if model.name is None:
+        unused = {"patch_size"} if isinstance(model.image.layers, list) else set()
         config: dict[str, Any] = {
             "embed_dim": model.embed_dim,
-            "vision_cfg": model.image.model_dump(exclude={"patch_size"} if isinstance(model.image.layers, list) else set()),
+            "vision_cfg": model.image.model_dump(exclude=unused),
             "text_cfg": model.text.model_dump(),
         }
         if model.quick_gelu:
@@ -32,7 +33,7 @@ def model_config(model: Model) -> dict[str, Any]:
         return config
     import open_clip
 
-    named = open_clip.get_model_config(model.name)
+    named: dict[str, Any] | None = open_clip.get_model_config(model.name)
     if named is None:
         raise InputError(f"model.name = {model.name!r}: open_clip knows no such architecture.")
     return named
@@ -76,7 +77,7 @@ def encode_text(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None = None
     if tokens.device.type != "cpu" or tokens.shape[0] <= GROUP:
         return _encode_group(clip, tokens, x)
     lengths, order = (tokens != 0).sum(dim=1).sort()
-    groups = zip(order.split(GROUP), lengths.split(GROUP), strict=True)
+    groups = zip(torch.split(order, GROUP), torch.split(lengths, GROUP), strict=True)
     encoded = [_encode_group(clip, tokens[rows, : int(own[-1])], x[rows, : int(own[-1])]) for rows, own in groups]
     back = order.argsort()
     longest = tokens.shape[1]
@@ -86,7 +87,8 @@ def encode_text(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None = None
 
 def _embed(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None) -> Tensor:
     if mask_embedding is None:
-        return clip.token_embedding(tokens)
+        plain: Tensor = clip.token_embedding(tokens)
+        return plain
     masked = tokens == MASK_ID
     x = clip.token_embedding(tokens.masked_fill(masked, 0))
     return torch.where(masked.unsqueeze(-1), mask_embedding.to(x.dtype), x)

@@ -71,8 +71,9 @@ class NearestNeighbour(nn.Module):
         return similarity.argmax(dim=-1)
 
     def _loss(self, features: Features, batch: Batch, rows: Tensor) -> Tensor:
-        rows = rows.unflatten(0, (len(self.texts), -1))  # [text views, batch]
-        logits = features.logit_scale * torch.einsum("vbd,ucd->vubc", features.unit_image[: self.images], self.queue[rows])
+        rows = torch.unflatten(rows, 0, (len(self.texts), -1))  # [text views, batch]
+        images = features.unit_image[: self.images]
+        logits = features.logit_scale * torch.einsum("vbd,ucd->vubc", images, self.queue[rows])
         if self.exclude_own:
             own = self.queue_ids[rows][:, None, :] == batch.sample_ids[None, :, None]
             same = rows[:, None, :] == rows[:, :, None]

@@ -22,7 +22,10 @@ class HeldOut:
     def __init__(self, images: Images, recipe: Recipe, size: int, context_length: int) -> None:
         count = len(images.source)
         chosen = np.random.default_rng(recipe.seed).permutation(count)[: recipe.evaluation.max_items]
-        tokenizer, views, ids, owners = Tokenizer(), [], [], []
+        tokenizer = Tokenizer()
+        views: list[np.ndarray] = []
+        ids: list[list[int]] = []
+        owners: list[int] = []
         for index in sorted(chosen.tolist()):
             try:
                 view = eval_view(images.get(index), size)
@@ -41,10 +44,11 @@ class HeldOut:
         """Recall at 1, 5 and 10 both ways in percent, and `score`, their mean."""
         was_training = model.training
         model.eval()
-        images = [F.normalize(model.clip.visual(model.pixels(part.to(device))).float(), dim=-1) for part in self.images.split(256)]
-        texts = [F.normalize(encode_text(model.clip, _trim(part).to(device))[0].float(), dim=-1) for part in self.tokens.split(512)]
+        image_parts = [model.clip.visual(model.pixels(part.to(device))) for part in torch.split(self.images, 256)]
+        text_parts = [encode_text(model.clip, _trim(part).to(device))[0] for part in torch.split(self.tokens, 512)]
         model.train(was_training)
-        metrics = retrieval_metrics(torch.cat(images).cpu(), torch.cat(texts).cpu(), self.image_of_text)
+        images, texts = (F.normalize(torch.cat(parts).float(), dim=-1).cpu() for parts in (image_parts, text_parts))
+        metrics = retrieval_metrics(images, texts, self.image_of_text)
         return {**metrics, "score": sum(metrics.values()) / len(metrics)}
 
 

@@ -14,7 +14,8 @@ EMBEDDINGS = ("token_embedding", "positional_embedding", "class_embedding", "mas
 
 def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[str, object]]:
     """Two groups: matrices with weight decay; biases, norms, scales and (unless asked) embeddings without."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
