@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
+
+from declip.recipe import Recipe, load_recipe
 
 SHARED = Path(__file__).parents[2] / "shared"
+WORDS = ("red", "green", "blue", "cat", "dog", "bird", "fish", "tree", "house", "cloud")
+
+torch.set_num_threads(1)  # the towers here are so small that threads only wait for one another
 
 
 def require_shared(path: str) -> Path:
@@ -18,3 +31,98 @@ def require_shared(path: str) -> Path:
             pytest.fail(f"DECLIP_REQUIRE_SHARED=1, but there is no {path} in ../shared")
         pytest.skip(f"needs {path} from ../shared")
     return found
+
+
+def picture(number: int) -> bytes:
+    """A PNG, another one for each number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pair(number: int) -> dict[str, Any]:
+    """A row with a picture, two captions and a label."""
+    one, other = WORDS[number % len(WORDS)], WORDS[number * 3 % 7]
+    captions = [f"a {one} and a {other}", f"{one} number {number} of some"]
+    return {"key": f"k{number}", "image": picture(number), "captions": captions, "label": one}
+
+
+def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """40 pairs."""
+    return write_pairs(tmp_path / "pairs.parquet", [pair(number) for number in range(40)])
+
+
+TINY = """
+[data]
+workers = 0
+holdout = 0.2
+
+[model]
+embed_dim = 16
+image = { image_size = 16, layers = 1, width = 32, head_width = 32, patch_size = 8 }
+text = { context_length = 77, layers = 1, width = 32, heads = 1 }
+
+[schedule]
+batch_size = 8
+pairs_seen = 64
+
+[evaluation]
+every = 0.25
+
+[engine]
+device = "cpu"
+precision = "float32"
+"""
+TERMS = {
+    "clip": "[terms.contrastive]",
+    "declip": """
+[data.images]
+crop_scale = [0.2, 1.0]
+jitter = 0.8
+grayscale = 0.2
+blur = 0.5
+flip = 0.5
+
+[terms.contrastive]
+images = 2
+texts = ["caption", "augmented"]
+
+[terms.simsiam]
+width = 32
+bottleneck = 16
+
+[terms.masked_language]
+
+[terms.nearest_neighbour]
+queue_size = 20
+""",
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Callable[..., Path]:
+    """A recipe of tiny towers in a file, with the terms of CLIP or DeCLIP; it names no data."""
+
+    def write(method: str = "clip") -> Path:
+        path = tmp_path / f"tiny_{method}.toml"
+        path.write_text(f'name = "{method}"\n{TINY}\n{TERMS[method]}\n')
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny(pairs: Path, recipe_file: Callable[..., Path]) -> Callable[..., Recipe]:
+    """That recipe on the 40 pairs: 32 to train on, 8 held out, 8 steps; with overrides."""
+
+    def make(method: str = "clip", *overrides: str) -> Recipe:
+        return load_recipe(recipe_file(method), [f"data.train={str(pairs)!r}", *overrides])
+
+    return make

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +86,10 @@ def run_demo(out: str | Path, minutes: float = 10.0, quiet: bool = False) -> dic
     fields = ("name", "metrics", "pairs_seen", "seconds", "pairs_per_second", "peak_memory_gb")
     return {
         "report": str(report),
-        "models": [{"run": str(out / method), **{f: getattr(r, f) for f in fields}} for method, r in zip(NAMES, results, strict=True)],
+        "models": [
+            {"run": str(out / method), **{f: getattr(r, f) for f in fields}}
+            for method, r in zip(NAMES, results, strict=True)
+        ],
     }
 
 
@@ -149,11 +151,19 @@ def _print_table(results: list[ModelResult]) -> None:
 
     table = Table(title="Retrieval on 1,852 unseen pictures (Fluent Emoji 3D), R@k in %")
     table.add_column("")
-    for heading in ("text→image 1", "5", "10", "image→text 1", "5", "10", "pairs seen", "seconds", "pairs/s", "memory GB"):
+    recall_headings = ("text→image 1", "5", "10", "image→text 1", "5", "10")
+    for heading in (*recall_headings, "pairs seen", "seconds", "pairs/s", "memory GB"):
         table.add_column(heading, justify="right")
     for result in results:
-        recalls = [f"{result.metrics[f'{way}_r{k}']:.1f}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
-        cost = [f"{result.pairs_seen:,}", f"{result.seconds:.0f}", f"{result.pairs_per_second:.0f}", f"{result.peak_memory_gb:.1f}"]
+        recalls = [
+            f"{result.metrics[f'{way}_r{k}']:.1f}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)
+        ]
+        cost = [
+            f"{result.pairs_seen:,}",
+            f"{result.seconds:.0f}",
+            f"{result.pairs_per_second:.0f}",
+            f"{result.peak_memory_gb:.1f}",
+        ]
         table.add_row(result.name, *recalls, *cost)
     Console().print(table)
 

@@ -34,7 +34,9 @@ Sources = Annotated[list[str], BeforeValidator(_as_list)]
 class ImageViews(Section):
     """How an image view is made. The defaults are a weak view: a random crop and nothing else."""
 
-    crop_scale: tuple[float, float] = Field((0.5, 1.0), description="area of the random crop, as a share of the image's")
+    crop_scale: tuple[float, float] = Field(
+        (0.5, 1.0), description="area of the random crop, as a share of the image's"
+    )
     crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="aspect ratio of the random crop")
     flip: Probability = Field(0.0, description="probability of a horizontal flip")
     jitter: Probability = Field(0.0, description="probability of colour jitter")
@@ -103,7 +105,9 @@ class TextTower(Section):
 
 
 class Model(Section):
-    name: str | None = Field(None, description="an open_clip architecture (ViT-B-32, RN50, …) instead of the towers below")
+    name: str | None = Field(
+        None, description="an open_clip architecture (ViT-B-32, RN50, …) instead of the towers below"
+    )
     embed_dim: int = Field(128, gt=0, description="width of the joint embedding")
     image: ImageTower = Field(ImageTower(), description="image tower, in the words of open_clip's vision_cfg")
     text: TextTower = Field(TextTower(), description="text tower, in the words of open_clip's text_cfg")

@@ -75,12 +75,13 @@ def decode_image(data: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return np.array(_as_rgb(image))
+            return np.array(as_rgb(image))
     except Exception as error:  # on broken bytes PIL's readers raise anything from OSError to struct.error
         raise ValueError(f"the image cannot be decoded: {error}") from error
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An opened image in RGB, transparent parts laid on white."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):  # PIL clips 16-bit grey levels to 255 instead of scaling them

@@ -86,8 +86,11 @@ def _mean_decoded_bytes(source: Source, samples: int = 64) -> float:
     return float(np.mean(sizes)) if sizes else 0.0
 
 
-class BatchMaker(Dataset[Batch]):
-    """Makes global batch number n, all views of it, from (seed, n) alone."""
+class BatchMaker(Dataset[Batch | InputError]):
+    """Makes global batch number n, all views of it, from (seed, n) alone.
+
+    Where no pair can be read it gives the InputError back: raised in a worker, it would come out as a traceback.
+    """
 
     def __init__(self, images: Images, recipe: Recipe, image_size: int, context_length: int) -> None:
         self.images, self.recipe, self.size, self.context_length = images, recipe, image_size, context_length
@@ -95,19 +98,25 @@ class BatchMaker(Dataset[Batch]):
         self.tokenizer = Tokenizer()
         self.synonyms = load_synonyms() if "augmented" in recipe.text_views else {}
 
-    def __getitem__(self, number: int) -> Batch:
-        recipe, rows = self.recipe, []
+    def __getitem__(self, number: int) -> Batch | InputError:
+        try:
+            return self.make(number)
+        except InputError as error:
+            return error
+
+    def make(self, number: int) -> Batch:
+        """Batch `number`, all views of it."""
+        recipe, rows, first = self.recipe, [], number * self.order.batch_size
         broken: list[tuple[int, str, str]] = []
-        for index in self.order.batch(number):
-            rows.append(self._readable(int(index), broken))
-        first = number * self.order.batch_size
-        rngs = [np.random.default_rng([recipe.seed, first + row, 0]) for row in range(len(rows))]
-        images = np.empty((recipe.image_views, len(rows), self.size, self.size, 3), np.uint8)
-        for row, (index, rng) in enumerate(zip(rows, rngs, strict=True)):
-            image = self.images.get(index)
+        images = np.empty((recipe.image_views, self.order.batch_size, self.size, self.size, 3), np.uint8)
+        for row, wanted in enumerate(self.order.batch(number)):
+            index, image = self._readable(int(wanted), broken)
+            rows.append(index)
+            rng = np.random.default_rng([recipe.seed, first + row, 0])
             for view in range(recipe.image_views):
                 images[view, row] = random_view(image, self.size, recipe.data.images, rng)
-        tokens, labels = self._texts(rows, [np.random.default_rng([recipe.seed, first + r, 1]) for r in range(len(rows))])
+        rngs = [np.random.default_rng([recipe.seed, first + row, 1]) for row in range(len(rows))]
+        tokens, labels = self._texts(rows, rngs)
         return Batch(
             images=torch.from_numpy(images),
             tokens=torch.from_numpy(tokens),
@@ -117,18 +126,17 @@ class BatchMaker(Dataset[Batch]):
             broken=tuple(broken),
         )
 
-    def _readable(self, index: int, broken: list[tuple[int, str, str]]) -> int:
-        """The pair itself, or, where it is broken, the next one in storage that is not."""
+    def _readable(self, index: int, broken: list[tuple[int, str, str]]) -> tuple[int, np.ndarray]:
+        """The pair itself, or, where it is broken, the next one in storage that is not: its index and its image."""
         for step in range(len(self.images.source)):
             candidate = (index + step) % len(self.images.source)
             try:
                 if not self.images.source.captions(candidate):
-                    raise BrokenPair(str(candidate), f"row {candidate}", "every caption is empty")
-                self.images.get(candidate)
-                return candidate
+                    raise BrokenPair(self.images.source.key(candidate), f"pair {candidate}", "every caption is empty")
+                return candidate, self.images.get(candidate)
             except BrokenPair as error:
-                broken.append((candidate, error.where, str(error)))
-        raise InputError("no pair of the training set can be read")
+                broken.append((candidate, error.where, error.reason))
+        raise InputError(f"None of the {len(self.images.source)} pairs of {self.images.source.name} can be read.")
 
     def _texts(self, rows: list[int], rngs: list[np.random.Generator]) -> tuple[np.ndarray, np.ndarray | None]:
         """All text views: tokens int64 [text views, batch, longest] and the masked view's labels [batch, longest]."""
@@ -164,17 +172,19 @@ class BatchMaker(Dataset[Batch]):
 
 def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iterator[Batch]:
     """Batches `first` … `steps - 1`, made `workers` processes ahead of the training step."""
-    return iter(
-        DataLoader(
-            maker,
-            batch_size=None,
-            sampler=range(first, steps),
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=_quiet_worker if workers else None,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        )
+    loader = DataLoader(
+        maker,
+        batch_size=None,
+        sampler=range(first, steps),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_quiet_worker if workers else None,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
+    for batch in loader:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 def _quiet_worker(_: int) -> None:

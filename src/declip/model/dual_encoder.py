@@ -21,7 +21,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class Features:
-    """What the towers make of a batch.
+    """What the towers make of a batch, in float32 whatever the towers computed in.
 
     image: [image views, batch, dim], not normalised
     text: by text view [batch, dim], not normalised
@@ -84,9 +84,9 @@ class DualEncoder(nn.Module):
             by_view = torch.unflatten(tokens, 0, (len(batch.text_views), size))
             masked_tokens = by_view[batch.text_views.index("masked")]
         return Features(
-            image=image,
-            text=dict(zip(batch.text_views, text, strict=True)),
-            masked_tokens=masked_tokens,
+            image=image.float(),  # the terms run outside of autocast, in float32
+            text=dict(zip(batch.text_views, text.float(), strict=True)),
+            masked_tokens=None if masked_tokens is None else masked_tokens.float(),
             logit_scale=self.clip.logit_scale.exp(),
         )
 

@@ -31,6 +31,7 @@ def load(model: str | os.PathLike[str], device: str = "cpu") -> LoadedModel:
     Raises InputError where there is no such model.
     """
     import open_clip
+    from safetensors import SafetensorError
 
     spec = os.fspath(model)
     folder = Path(spec.removeprefix("local-dir:"))
@@ -46,7 +47,7 @@ def load(model: str | os.PathLike[str], device: str = "cpu") -> LoadedModel:
                 raise InputError(f"There is no model {spec!r}: give a run folder or an open_clip name:pretrained.")
             clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
             tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
         raise InputError(f"The model {spec!r} cannot be opened: {str(error).splitlines()[0]}.") from None
     return LoadedModel(spec, clip.to(device).eval(), preprocess, tokenizer)
 
@@ -63,7 +64,7 @@ class LoadedModel:
 
     @torch.inference_mode()
     def encode_image(self, images: Iterable[Picture] | Picture, batch_size: int = 256) -> Tensor:
-        """Embeddings of images (PIL, paths or uint8 [height, width, 3]), normalised: float32 [images, dim] on the CPU."""
+        """Embeddings of images (PIL, paths, uint8 [height, width, 3]), normalised: float32 [images, dim] on the CPU."""
         embeddings = [
             self._normalised(self.clip.encode_image(torch.stack(part).to(self.device)))  # type: ignore[operator]
             for part in _batches((self.preprocess(_open(image)) for image in _many(images)), batch_size)
@@ -107,13 +108,14 @@ def _many(images: Any) -> Iterable[Any]:
 def _open(image: Any) -> Image:
     from PIL import Image
 
+    from declip.data.images import as_rgb, decode_image
+
     if isinstance(image, (str, os.PathLike)):
         try:
-            with Image.open(image) as opened:
-                return opened.convert("RGB")
-        except OSError as error:
+            return Image.fromarray(decode_image(Path(image).read_bytes()))
+        except (OSError, ValueError) as error:
             raise InputError(f"The image {os.fspath(image)!r} cannot be read: {error}.") from None
-    return image if hasattr(image, "convert") else Image.fromarray(image)
+    return as_rgb(image) if hasattr(image, "convert") else Image.fromarray(image)
 
 
 def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -51,35 +51,34 @@ class NearestNeighbour(nn.Module):
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
         texts = features.unit_texts(self.texts).detach()
-        rows = self._search(texts.flatten(0, 1), batch.sample_ids.repeat(len(self.texts)))
-        loss = features.image.new_zeros(()) if rows is None else self._loss(features, batch, rows)
+        rows, found = self._search(texts.flatten(0, 1), batch.sample_ids.repeat(len(self.texts)))
+        loss = self._loss(features, batch, rows, found) if found.any() else features.image.new_zeros(())
         if self.training:
             for view in reversed(texts):
                 self._enqueue(view, batch.sample_ids)
         return loss
 
     @torch.no_grad()
-    def _search(self, texts: Tensor, sample_ids: Tensor) -> Tensor | None:
-        """The row of the queue most like each text: [texts, dim] -> int64 [texts], None while there is none."""
-        usable = self.queue_ids != EMPTY
-        if not usable.any():
-            return None
+    def _search(self, texts: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The row of the queue most like each text, and whether there is one: [texts, dim] -> int64, bool [texts]."""
         similarity = texts @ self.queue.T
-        similarity.masked_fill_(~usable, float("-inf"))
+        similarity.masked_fill_(self.queue_ids == EMPTY, float("-inf"))
         if self.exclude_own:
             similarity.masked_fill_(sample_ids[:, None] == self.queue_ids[None, :], float("-inf"))
-        return similarity.argmax(dim=-1)
+        best, rows = similarity.max(dim=-1)
+        return rows, best != float("-inf")
 
-    def _loss(self, features: Features, batch: Batch, rows: Tensor) -> Tensor:
-        rows = torch.unflatten(rows, 0, (len(self.texts), -1))  # [text views, batch]
+    def _loss(self, features: Features, batch: Batch, rows: Tensor, found: Tensor) -> Tensor:
+        rows, found = (torch.unflatten(x, 0, (len(self.texts), -1)) for x in (rows, found))  # [text views, batch]
         images = features.unit_image[: self.images]
         logits = features.logit_scale * torch.einsum("vbd,ucd->vubc", images, self.queue[rows])
         if self.exclude_own:
             own = self.queue_ids[rows][:, None, :] == batch.sample_ids[None, :, None]
             same = rows[:, None, :] == rows[:, :, None]
             diagonal = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
-            logits = logits.masked_fill((own | same) & ~diagonal, float("-inf"))
-        return (logits.logsumexp(dim=-1) - logits.diagonal(dim1=-2, dim2=-1)).mean()
+            logits = logits.masked_fill((own | same | ~found[:, None, :]) & ~diagonal, float("-inf"))
+        losses = logits.logsumexp(dim=-1) - logits.diagonal(dim1=-2, dim2=-1)  # [image views, text views, batch]
+        return losses[:, found].mean()
 
     @torch.no_grad()
     def _enqueue(self, texts: Tensor, sample_ids: Tensor) -> None:

@@ -35,9 +35,8 @@ def build_objective(recipe: Recipe, model: DualEncoder, used_tokens: Tensor | No
     them alone.
     """
     asked = recipe.terms
-    dim = model.clip.text_projection.shape[-1] if isinstance(model.clip.text_projection, nn.Parameter) else (
-        model.clip.text_projection.out_features
-    )
+    projection = model.clip.text_projection
+    dim = projection.out_features if isinstance(projection, nn.Linear) else projection.shape[-1]
     width, vocabulary = model.clip.token_embedding.embedding_dim, model.clip.vocab_size
     terms: dict[str, nn.Module] = {}
     if asked.contrastive:

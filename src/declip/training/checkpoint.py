@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ RECIPE, METRICS, LAST = "recipe.toml", "metrics.jsonl", "checkpoints/last.pt"
 WEIGHTS_BEST = "checkpoints/best.safetensors"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write to a temporary name beside `path`, then rename: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -42,13 +44,15 @@ def open_run(out: Path, recipe: Recipe, resume: bool) -> bool:
         return (out / LAST).is_file()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} already holds files: give another --out, or --resume to go on with the run there.")
-    (out / "checkpoints").mkdir(parents=True)
-    write_atomically(stored, lambda path: _write_text(path, to_toml(recipe)))
+    try:
+        (out / "checkpoints").mkdir(parents=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"The folder {out} cannot be made ({error.strerror}): give another --out.") from None
+    text = to_toml(recipe)
+    write_atomically(stored, lambda path: path.write_text(text, encoding="utf-8"))
     return False
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _first_difference(stored: Recipe, asked: Recipe) -> str | None:
@@ -69,7 +73,11 @@ def save_checkpoint(out: Path, state: dict[str, Any]) -> None:
     """Everything that a resumed run needs, as one file."""
     import torch
 
-    write_atomically(out / LAST, lambda path: torch.save(state, path))
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # given a path, PyTorch writes by itself and a full disk is no OSError
+            torch.save(state, file)
+
+    write_atomically(out / LAST, write)
 
 
 def read_checkpoint(out: Path) -> dict[str, Any]:
@@ -78,14 +86,15 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
 
     try:
         state: dict[str, Any] = torch.load(out / LAST, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(f"{out / LAST} cannot be read ({str(error).splitlines()[0]}): start the run anew.") from None
     return state
 
 
 def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Tensors by name, as safetensors."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    # Not save_file: what it raises on a full disk is no OSError.
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from declip.data.captions import Tokenizer, tokenize
 from declip.data.images import eval_view
 from declip.data.loader import Images
 from declip.data.sources import BrokenPair
+from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
 from declip.model.towers import encode_text
@@ -35,13 +38,15 @@ class HeldOut:
             owners += [len(views)] * len(captions)
             ids += [tokenizer.encode(caption) for caption in captions]
             views.append(view)
+        if not views:
+            raise InputError(f"None of the {count} held-out pairs of {images.source.name} can be read.")
         self.images = torch.from_numpy(np.stack(views))
         self.tokens = torch.from_numpy(tokenize(ids, context_length))
         self.image_of_text = torch.tensor(owners)
 
     @torch.inference_mode()
     def score(self, model: DualEncoder, device: torch.device) -> dict[str, float]:
-        """Recall at 1, 5 and 10 both ways in percent, and `score`, their mean."""
+        """Recall at 1, 5 and 10 both ways in percent, and `score`, their mean; NaN where the model gives no numbers."""
         was_training = model.training
         model.eval()
         image_parts = [model.clip.visual(model.pixels(part.to(device))) for part in torch.split(self.images, 256)]
@@ -49,7 +54,8 @@ class HeldOut:
         model.train(was_training)
         images, texts = (F.normalize(torch.cat(parts).float(), dim=-1).cpu() for parts in (image_parts, text_parts))
         metrics = retrieval_metrics(images, texts, self.image_of_text)
-        return {**metrics, "score": sum(metrics.values()) / len(metrics)}
+        finite = bool(images.isfinite().all() and texts.isfinite().all())
+        return {**metrics, "score": sum(metrics.values()) / len(metrics) if finite else math.nan}
 
 
 def _trim(tokens: torch.Tensor) -> torch.Tensor:

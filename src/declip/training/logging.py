@@ -12,6 +12,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from declip.training.checkpoint import write_atomically
+
 
 class RunLog:
     """Rows for metrics.jsonl, a live line for people, scalars for TensorBoard. Use as a context manager."""
@@ -51,8 +53,9 @@ class RunLog:
         self._write(row)
         self._held_out = f" held-out {row['held_out']['score']:.1f}"
 
-    def say(self, text: str) -> None:
-        self.console.print(text)
+    def say(self, text: str, style: str | None = None) -> None:
+        # File names may hold what rich would take for markup.
+        self.console.print(text, style=style, markup=False, highlight=False)
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
@@ -65,13 +68,17 @@ def cut_metrics(out: Path, step: int) -> None:
     """Drop the rows after `step` from metrics.jsonl: a resumed run makes them again."""
     path = out / "metrics.jsonl"
     if path.is_file():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in rows))
+        kept = "".join(f"{json.dumps(row)}\n" for row in read_metrics(out) if row["step"] <= step)
+        write_atomically(path, lambda temporary: temporary.write_text(kept))
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """The rows of a run's metrics.jsonl; a last row that was cut off, by a full disk say, is left out."""
+    rows = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +65,9 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     run = Run(recipe, out, device, model, objective, images, held_out, steps)
     if going_on:
         run.restore(read_checkpoint(out))
-    with RunLog(out, recipe.name, steps, run.step, quiet) as log:
+    with RunLog(out, recipe.name, steps, run.step, quiet) as log, interrupts_between_steps() as interrupted:
         try:
-            run.go(log)
+            run.go(log, interrupted)
         except KeyboardInterrupt:
             run.save()
             log.say(f"\nStopped at step {run.step} of {steps}; saved. To go on: the same command with --resume.")
@@ -72,10 +75,37 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     return run.finish()
 
 
+@contextlib.contextmanager
+def interrupts_between_steps() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of the step, so that what is saved resumes exactly; a second one does not wait.
+
+    Gives a function that says whether Ctrl-C was pressed. Where Python allows no handlers, outside the main thread,
+    nothing changes.
+    """
+    pressed = False
+
+    def press(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def open_pairs(data: Data) -> tuple[Source, Source | None]:
     """The training pairs and the held-out pairs of a recipe."""
     if not data.train:
-        raise InputError("There is nothing to train on: say data.train=FILE (parquet, or a caption table beside images).")
+        raise InputError(
+            "There is nothing to train on: say data.train=FILE (parquet or a caption table beside images)."
+        )
     pairs: Source = open_sources(data.train, data)
     held: Source | None = None
     if data.validation:
@@ -152,11 +182,16 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step, self.seconds, self.peak_memory = 0, 0.0, 0
         self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
-        self.loss_at_best = math.inf
-        self.broken: dict[int, str] = {}
+        self.loss_at_best, self.sound = math.inf, True
+        kept = images.kept or []
+        self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
 
-    def go(self, log: RunLog) -> None:
-        """Train from the step reached to the end."""
+    def go(self, log: RunLog, interrupted: Callable[[], bool]) -> None:
+        """Train from the step reached to the end; raises KeyboardInterrupt between two steps."""
+        if self.step == 0:
+            self.save()  # a disk that is full is found out now, and there is always a checkpoint to go back to
+        if self._has_stopped_rising():
+            return
         maker = BatchMaker(self.images, self.recipe, self.model.image_size, self.model.context_length)
         model = torch.compile(self.model) if self.recipe.engine.compile else self.model
         every = max(1, round(self.recipe.evaluation.every * self.steps))
@@ -176,7 +211,8 @@ class Run:
             self.optimizer.zero_grad()
             loss.backward()
             if self.recipe.optimizer.clip_norm:
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_norm)
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_norm)
+                self._stop_if_not_finite(norm, terms)
             self.optimizer.step()
             self.model.clamp_logit_scale()
             self.step += 1
@@ -199,6 +235,8 @@ class Run:
             if self._has_stopped_rising():
                 log.say(f"Stopped at step {self.step}: no better held-out score since step {self.best_step}.")
                 break
+            if interrupted():
+                raise KeyboardInterrupt
 
     def _row(self, loss: Tensor, terms: dict[str, Tensor], rate: float, speed: float) -> dict[str, Any]:
         memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes()
@@ -219,45 +257,58 @@ class Run:
         if self.held_out is None:
             return
         metrics = self.held_out.score(self.model, self.device)
-        row = {"step": self.step, "pairs": self.step * self.recipe.schedule.batch_size, "seconds": round(self.seconds, 2)}
-        log.held_out({**row, "held_out": {name: round(value, 3) for name, value in metrics.items()}})
+        self.sound = math.isfinite(metrics["score"])
+        if not self.sound:
+            return
+        pairs, seconds = self.step * self.recipe.schedule.batch_size, round(self.seconds, 2)
+        rounded = {name: round(value, 3) for name, value in metrics.items()}
+        log.held_out({"step": self.step, "pairs": pairs, "seconds": seconds, "held_out": rounded})
         if metrics["score"] > self.best_score:
-            self.best_score, self.best_step, self.worse_in_a_row, self.loss_at_best = metrics["score"], self.step, 0, loss
+            self.best_score, self.best_step = metrics["score"], self.step
+            self.worse_in_a_row, self.loss_at_best = 0, loss
             save_weights(self.out / WEIGHTS_BEST, self.model.clip.state_dict())
             return
         self.worse_in_a_row += 1
         if self.worse_in_a_row >= 3 and loss < self.loss_at_best and not self.warned:
             self.warned = True
             log.say(
-                f"[yellow]Overfitting: the loss still falls ({self.loss_at_best:.3f} to {loss:.3f}) but the held-out score "
-                f"has not risen since step {self.best_step} ({self.best_score:.1f}, now {metrics['score']:.1f}). The best "
-                "weights are kept; train for fewer epochs, or add pairs or supervision.[/yellow]"
+                f"Overfitting: the loss still falls ({self.loss_at_best:.3f} to {loss:.3f}) but the held-out score has "
+                f"not risen since step {self.best_step} ({self.best_score:.1f}, now {metrics['score']:.1f}). The best "
+                "weights are kept; train for fewer epochs, or add pairs or supervision.",
+                style="yellow",
             )
 
     def _has_stopped_rising(self) -> bool:
         patience = self.recipe.evaluation.patience
         return bool(patience) and self.worse_in_a_row >= patience
 
-    def _stop_if_not_finite(self, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        if math.isfinite(float(loss.detach())):
+    def _stop_if_not_finite(self, loss_or_norm: Tensor, terms: dict[str, Tensor]) -> None:
+        """Stop before a step that would spoil the weights. The last checkpoint stays: these may be spoilt already."""
+        if math.isfinite(float(loss_or_norm.detach())):
             return
-        self.save()  # the weights before this step are good
-        bad = [name for name, value in terms.items() if not math.isfinite(float(value))]
-        raise InputError(
-            f"The loss is not a number at step {self.step + 1} (term {', '.join(bad) or 'sum'}): the weights before it are "
-            f"kept in {self.out}; lower optimizer.lr (now {self.recipe.optimizer.lr:g}) or look at the pairs."
+        bad = [name for name, value in terms.items() if not math.isfinite(float(value.detach()))]
+        what = "loss" if bad else "gradient of the loss"
+        raise self._not_a_number(f"{what} is not a number at step {self.step + 1} (term {', '.join(bad or terms)})")
+
+    def _not_a_number(self, what: str) -> InputError:
+        return InputError(
+            f"The {what}: the last good weights are kept in {self.out / 'checkpoints'}; lower optimizer.lr "
+            f"(now {self.recipe.optimizer.lr:g}) or look at the pairs."
         )
 
     def _note_broken(self, broken: tuple[tuple[int, str, str], ...], log: RunLog) -> None:
         for index, where, reason in broken:
             if index not in self.broken:
-                self.broken[index] = reason
-                log.say(f"[yellow]skipped: {reason}[/yellow]")
-                size = len(self.images.source)
-                check_broken(len(self.broken), BrokenPair(str(index), where, reason), size, self.recipe.data.broken_limit)
+                self.broken.add(index)
+                pair = BrokenPair(self.images.source.key(index), where, reason)
+                log.say(f"skipped: {pair}", style="yellow")
+                check_broken(len(self.broken), pair, len(self.images.source), self.recipe.data.broken_limit)
 
     def save(self) -> None:
-        """Write checkpoints/last.pt."""
+        """Write checkpoints/last.pt, unless the weights are no longer numbers: then the earlier one stays."""
+        self.sound = self.sound and all(bool(parameter.isfinite().all()) for parameter in self.parameters)
+        if not self.sound:
+            return
         save_checkpoint(
             self.out,
             {
@@ -279,10 +330,15 @@ class Run:
             setattr(self, name, value)
         cut_metrics(self.out, self.step)
 
-    _PROGRESS = ("step", "seconds", "peak_memory", "best_score", "best_step", "worse_in_a_row", "loss_at_best", "warned")
+    _PROGRESS = (
+        *("step", "seconds", "peak_memory"),
+        *("best_score", "best_step", "worse_in_a_row", "loss_at_best", "warned"),
+    )
 
     def finish(self) -> dict[str, Any]:
         """Turn the run folder into an open_clip model (the best weights) and sum the run up."""
+        if not self.sound:
+            raise self._not_a_number(f"model's output is not a number after step {self.step}")
         best = self.out / WEIGHTS_BEST
         if best.is_file():
             write_atomically(self.out / WEIGHTS, lambda path: shutil.copyfile(best, path))

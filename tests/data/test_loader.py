@@ -1,0 +1,216 @@
+"""Batches: the same whatever makes them, with the views that a recipe asks for, and whole where pairs are broken."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import pair, write_pairs
+
+from declip.data.batch import Batch
+from declip.data.captions import EOT, MASK_ID, SOT, Tokenizer
+from declip.data.images import decode_image
+from declip.data.loader import BatchMaker, make_loader, open_images
+from declip.data.sources import open_sources
+from declip.errors import InputError
+from declip.recipe import Recipe
+
+MakeRecipe = Callable[..., Recipe]
+
+
+def maker(recipe: Recipe, broken_limit: float = 1.0) -> BatchMaker:
+    source = open_sources(recipe.data.train, recipe.data)
+    return BatchMaker(open_images(source, recipe.data.cache_gb, broken_limit), recipe, 16, 77)
+
+
+def batches(recipe: Recipe, first: int = 0, steps: int = 12, workers: int = 0) -> list[Batch]:
+    return list(make_loader(maker(recipe), first, steps, workers))
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    assert one.text_views == other.text_views
+    assert one.broken == other.broken
+    for name in ("images", "tokens", "labels", "sample_ids"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+
+
+def captions_of(batch: Batch, view: str) -> list[list[int]]:
+    """The ids of each row without start, end and padding."""
+    rows = batch.tokens[batch.text_views.index(view)].tolist()
+    return [row[1 : row.index(EOT)] for row in rows]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_same_batches_whatever_the_workers(tiny: MakeRecipe, workers: int) -> None:
+    recipe = tiny("declip")
+    alone = batches(recipe)
+    assert len(alone) == 12
+    for made, expected in zip(batches(recipe, workers=workers), alone, strict=True):
+        assert_same(made, expected)
+
+
+def test_starts_at_any_batch(tiny: MakeRecipe) -> None:
+    recipe = tiny("declip")
+    whole = batches(recipe)
+    for made, expected in zip(batches(recipe, first=7), whole[7:], strict=True):
+        assert_same(made, expected)
+
+
+def test_kept_and_freshly_decoded_images_give_the_same(tiny: MakeRecipe) -> None:
+    assert maker(tiny("declip", "data.cache_gb=0")).images.kept is None
+    for made, expected in zip(batches(tiny("declip", "data.cache_gb=0")), batches(tiny("declip")), strict=True):
+        assert_same(made, expected)
+
+
+def test_shapes(tiny: MakeRecipe) -> None:
+    batch = maker(tiny("declip")).make(0)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (2, 8, 16, 16, 3)
+    assert batch.text_views == ("caption", "masked", "augmented")
+    assert batch.tokens.shape[:2] == (3, 8)
+    assert batch.labels is not None
+    assert batch.labels.shape == batch.tokens.shape[1:]
+    assert (batch.tokens[:, :, 0] == SOT).all()
+    assert int((batch.tokens != 0).sum(-1).max()) == batch.tokens.shape[2]  # no longer than the longest caption
+    assert len(set(batch.sample_ids.tolist())) == 8
+
+    plain = maker(tiny("clip")).make(0)
+    assert plain.images.shape == (1, 8, 16, 16, 3)
+    assert (plain.text_views, plain.labels) == (("caption",), None)
+
+
+def test_rows_belong_together(tiny: MakeRecipe) -> None:
+    """With the whole image as the only view, each row is its pair's image, and its caption is one of its pair's."""
+    recipe = tiny("clip", "data.images.crop_scale=[1.0, 1.0]", "data.images.crop_ratio=[1.2, 1.2]")
+    made = maker(recipe)
+    tokenizer = Tokenizer()
+    batch = made.make(3)
+    for row, sample in enumerate(batch.sample_ids.tolist()):
+        whole = made.images.source[sample]
+        mean = decode_image(whole.image).mean((0, 1))
+        np.testing.assert_allclose(batch.images[0, row].float().mean((0, 1)), mean, atol=8)
+        assert captions_of(batch, "caption")[row] in [tokenizer.encode(caption) for caption in whole.captions]
+
+
+def test_views_differ_between_epochs(tiny: MakeRecipe) -> None:
+    made = maker(tiny("clip", "data.images.crop_scale=[0.2, 0.9]"))
+    seen: dict[int, list[Any]] = {}
+    for number in range(15):
+        batch = made.make(number)
+        for row, sample in enumerate(batch.sample_ids.tolist()):
+            seen.setdefault(sample, []).append(batch.images[0, row].numpy().tobytes())
+    assert all(len(set(views)) == 3 for views in seen.values())
+
+
+# Text views
+
+
+def test_two_caption_views_are_two_captions(tiny: MakeRecipe) -> None:
+    """Independent draws without replacement: with two captions and two views each view shows another one."""
+    texts = 'terms.contrastive.texts=["caption", "masked"]'
+    made = maker(tiny("clip", texts, "data.text.mask=0"))
+    first_drawn = []
+    for number in range(10):
+        batch = made.make(number)
+        captions, masked = captions_of(batch, "caption"), captions_of(batch, "masked")
+        for sample, one, other in zip(batch.sample_ids.tolist(), captions, masked, strict=True):
+            pool = [made.tokenizer.encode(caption) for caption in made.images.source.captions(sample)]
+            assert sorted([one, other]) == sorted(pool)
+            first_drawn.append(pool.index(one))
+    assert 0.3 < np.mean(first_drawn) < 0.7
+
+
+def test_dependent_views_show_one_caption(tiny: MakeRecipe) -> None:
+    texts = 'terms.contrastive.texts=["caption", "masked"]'
+    made = maker(tiny("clip", texts, "data.text.mask=0", "data.text.independent=false"))
+    drawn = set()
+    for number in range(5):
+        batch = made.make(number)
+        assert captions_of(batch, "caption") == captions_of(batch, "masked")
+        for sample, ids in zip(batch.sample_ids.tolist(), captions_of(batch, "caption"), strict=True):
+            pool = [made.tokenizer.encode(caption) for caption in made.images.source.captions(sample)]
+            drawn.add(pool.index(ids))
+    assert drawn == {0, 1}
+
+
+def test_first_caption_only(tiny: MakeRecipe) -> None:
+    made = maker(tiny("declip", "data.text.pool=first"))
+    batch = made.make(1)
+    firsts = [made.tokenizer.encode(made.images.source.captions(sample)[0]) for sample in batch.sample_ids.tolist()]
+    assert captions_of(batch, "caption") == firsts
+
+
+def test_masked_view_and_its_labels(tiny: MakeRecipe) -> None:
+    made = maker(tiny("declip", "data.text.pool=first", "data.text.mask=0.5"))
+    hidden = 0
+    for number in range(5):
+        batch = made.make(number)
+        plain, masked = (batch.tokens[batch.text_views.index(view)] for view in ("caption", "masked"))
+        assert batch.labels is not None
+        chosen = batch.labels != -100
+        torch.testing.assert_close(batch.labels[chosen], plain[:, : chosen.shape[1]][chosen])
+        torch.testing.assert_close(masked[~chosen], plain[~chosen])
+        hidden += int((masked == MASK_ID).sum())
+        assert not (plain == MASK_ID).any()
+    assert hidden > 20
+
+
+def test_augmented_view_changes_words(tiny: MakeRecipe) -> None:
+    made = maker(tiny("declip", "data.text.pool=first"))
+    batch = made.make(0)
+    pairs = zip(captions_of(batch, "caption"), captions_of(batch, "augmented"), strict=True)
+    assert sum(one != other for one, other in pairs) >= 4
+
+
+# Broken pairs
+
+
+@pytest.fixture
+def with_broken(tmp_path: Path) -> str:
+    rows = [pair(number) for number in range(20)]
+    rows[3]["image"] = b"no image"
+    rows[4]["captions"] = [" ", ""]
+    rows[5]["image"] = rows[5]["image"][:200]
+    return f"data.train={str(write_pairs(tmp_path / 'broken.parquet', rows))!r}"
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_pairs_are_replaced_and_reported(
+    tiny: MakeRecipe, with_broken: str, cache_gb: int, workers: int
+) -> None:
+    recipe = tiny("clip", with_broken, f"data.cache_gb={cache_gb}", "schedule.batch_size=10")
+    reported: dict[int, str] = {}
+    for batch in batches(recipe, steps=2, workers=workers):  # an epoch
+        assert batch.images.shape[1] == batch.tokens.shape[1] == 10
+        assert not {3, 4, 5} & set(batch.sample_ids.tolist())
+        reported |= {index: f"{where}: {reason}" for index, where, reason in batch.broken}
+    assert reported.keys() == {3, 4, 5}
+    assert re.search(r"broken\.parquet, row 3: the image cannot be decoded", reported[3])
+    assert "caption" in reported[4]
+    assert "row 5: the image cannot be decoded" in reported[5]
+
+
+def test_too_many_broken_pairs(tiny: MakeRecipe, with_broken: str) -> None:
+    recipe = tiny("clip", with_broken)
+    assert maker(recipe, broken_limit=0.15).images.kept is not None
+    with pytest.raises(InputError, match=r"3 of 20 pairs are broken, .* = 0\.1 allows; the first: .*row 3 \(key k3\)"):
+        maker(recipe, broken_limit=0.1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_can_be_read(tiny: MakeRecipe, tmp_path: Path, workers: int) -> None:
+    """Found in a worker, it is still one sentence."""
+    rows = [{**pair(number), "image": b"no image"} for number in range(10)]
+    path = write_pairs(tmp_path / "broken.parquet", rows)
+    recipe = tiny("clip", f"data.train={str(path)!r}", "data.cache_gb=0")
+    # Sized from its headers, such a set would count as small: say that nothing is kept.
+    made = maker(recipe)
+    made.images.kept = None
+    with pytest.raises(InputError, match=r"^None of the 10 pairs of \S+broken\.parquet can be read\.$"):
+        list(make_loader(made, 0, 2, workers))
