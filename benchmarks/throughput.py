@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
-import io
+import itertools
 import json
 import math
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -27,16 +25,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import open_clip
 import torch
 from open_clip.transformer import VisionTransformer
+from peer_open_clip import Pairs, build_peer
 from rich.console import Console
 from rich.table import Table
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from declip.data.loader import BatchMaker
 from declip.data.sources import open_sources
@@ -52,7 +51,6 @@ DECLIP_STEP = 1.8  # at most: seconds a step of DeCLIP over our CLIP's
 START_UP = 0.3  # at most: seconds of `declip --help` and of `import declip`
 START_UPS = {"python -m declip --help": ["-m", "declip", "--help"], "import declip": ["-c", "import declip"]}
 NAMES = {"open_clip": "open_clip loop", "clip": "declip, recipe clip", "declip": "declip, recipe declip"}
-PEERS = ("open_clip", "none")
 
 console = Console(stderr=True)
 
@@ -110,99 +108,45 @@ class Clock:
         }
 
 
-# The peer ----------------------------------------------------------------------------------------------------------
-
-
-class OpenClipPairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Pairs as a user of open_clip reads them: PIL, torchvision's transforms, open_clip's tokenizer."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        from torchvision import transforms
-
-        source = open_sources(TRAIN, Data())
-        self.pairs = [(source[index].image, source[index].captions) for index in range(len(source))]
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(recipe.model.image.image_size, scale=recipe.data.images.crop_scale),
-                transforms.ToTensor(),
-                transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
-            ]
-        )
-        self.tokenize = open_clip.SimpleTokenizer(context_length=recipe.model.text.context_length)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        from PIL import Image
-
-        image, captions = self.pairs[index]
-        pixels = self.transform(Image.open(io.BytesIO(image)).convert("RGB"))
-        return pixels, self.tokenize([random.choice(captions)])[0]
-
-
 def run_open_clip(recipe: Recipe, steps: int) -> Clock:
-    """Train the recipe's towers as open_clip's own loop does, in plain float32 with PyTorch's default AdamW."""
+    """Train the recipe's towers as a user of open_clip writes it, in float32 and with a loader process."""
     clock = Clock()
     torch.manual_seed(recipe.seed)
-    config = model_config(recipe.model)
-    vision = {**config["vision_cfg"], "patch_dropout": recipe.model.patch_dropout}
-    model = open_clip.model.CLIP(**{**config, "vision_cfg": vision}, init_logit_scale=recipe.model.logit_scale_init)
-    loss = open_clip.ClipLoss()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.optimizer.lr)
+    model, criterion, optimizer = build_peer(recipe)
+    pairs = Pairs(open_sources(TRAIN, Data()), recipe)
     loader = DataLoader(
-        OpenClipPairs(recipe),
-        batch_size=recipe.schedule.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=1,
-        persistent_workers=True,
+        pairs, recipe.schedule.batch_size, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True
     )
     model.train()
-    batches = clock.batches(batch for _ in range(math.ceil(steps / len(loader))) for batch in loader)
-    for _, (images, texts) in zip(range(steps), batches, strict=False):
+    epochs = clock.batches(batch for _ in range(math.ceil(steps / len(loader))) for batch in loader)
+    for images, tokens in itertools.islice(epochs, steps):
+        loss = criterion(*model(images, tokens))
         optimizer.zero_grad()
-        image_features, text_features, logit_scale = model(images, texts)
-        loss(image_features, text_features, logit_scale).backward()
+        loss.backward()
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
     return clock
 
 
-# Ours --------------------------------------------------------------------------------------------------------------
-
-
 def shipped_recipe(name: str, steps: int, threads: int, workers: int = 1) -> Recipe:
     """A shipped recipe on the embedded pairs, with nothing but steps to spend its time on."""
     batch_size = load_recipe(name).schedule.batch_size
-    fields = {
-        "data.train": TRAIN,
-        "data.holdout": 0,
-        "data.workers": workers,
-        "schedule.pairs_seen": steps * batch_size,
-        "evaluation.every": 1,
-        "engine.device": "'cpu'",
-        "engine.precision": "'float32'",  # as the peer
-        "engine.threads": threads,
-    }
-    return load_recipe(name, [f"{path}={value}" for path, value in fields.items()])
+    fields = [f"data.train={TRAIN}", "data.holdout=0", f"data.workers={workers}", "evaluation.every=1"]
+    fields += ["engine.device=cpu", "engine.precision=float32", f"engine.threads={threads}"]  # as the peer
+    return load_recipe(name, [*fields, f"schedule.pairs_seen={steps * batch_size}"])
 
 
 def run_declip(recipe: Recipe, parts: Iterable[tuple[str, Any, str]] = ()) -> Clock:
     """`declip train` itself; `parts` are functions to time, as (name of the part, owner, attribute)."""
     clock, make_loader = Clock(), loop.make_loader
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        stack.enter_context(
-            mock.patch.object(loop, "make_loader", lambda *args, **kwargs: clock.batches(make_loader(*args, **kwargs)))
-        )
+        timed_loader = mock.patch.object(loop, "make_loader", lambda *args: clock.batches(make_loader(*args)))
+        stack.enter_context(timed_loader)
         for part, owner, attribute in parts:
             stack.enter_context(mock.patch.object(owner, attribute, clock.timed(part, getattr(owner, attribute))))
         loop.train(recipe, Path(folder) / "run", quiet=True)
     return clock
-
-
-# Side by side ------------------------------------------------------------------------------------------------------
 
 
 def compare(steps: int, threads: int, rounds: int, peer: str) -> dict[str, Any]:
@@ -217,15 +161,14 @@ def compare(steps: int, threads: int, rounds: int, peer: str) -> dict[str, Any]:
     for number in range(rounds):
         for name, run in loops.items():
             torch.set_num_threads(threads)
+            gc.collect()
             figures = run().figures(clip.schedule.batch_size)
             runs[name].append(figures)
-            gc.collect()
             console.print(f"round {number + 1} of {rounds}, {NAMES[name]}: {figures['pairs_per_second']:.0f} pairs/s")
     result: dict[str, Any] = {
         "batch_size": clip.schedule.batch_size,
         "steps": steps,
-        "context_length": clip.model.text.context_length,
-        "loops": {name: {figure: _spread([run[figure] for run in rows]) for figure in rows[0]} for name, rows in runs.items()},
+        "loops": {name: {key: _spread([run[key] for run in rows]) for key in rows[0]} for name, rows in runs.items()},
         "declip_step_over_clip": _ratio(runs["declip"], runs["clip"], "step_seconds"),
     }
     if peer != "none":
@@ -254,32 +197,32 @@ def start_up(times: int) -> dict[str, dict[str, float]]:
 
 def judge(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Each target that was measured, and whether it is met."""
-    rows = [("declip step over clip step, at most", result["declip_step_over_clip"]["median"], DECLIP_STEP, -1)]
+    rows = [("DeCLIP, time of a step over CLIP's", "at most", DECLIP_STEP, result["declip_step_over_clip"])]
+    rows += [(f"{name}, seconds", "at most", START_UP, spread) for name, spread in result["start_up"].items()]
     if "clip_over_open_clip" in result:
-        value = result["clip_over_open_clip"]["median"]
-        rows.insert(0, ("clip pairs/s over open_clip, at least", value, FASTER_THAN_OPEN_CLIP, 1))
-    rows += [(f"{name} in seconds, at most", spread["median"], START_UP, -1) for name, spread in result["start_up"].items()]
-    return [{"target": name, "limit": limit, "value": v, "met": sign * (v - limit) >= 0} for name, v, limit, sign in rows]
+        ratio = result["clip_over_open_clip"]
+        rows.insert(0, ("CLIP, pairs/s over the open_clip loop's", "at least", FASTER_THAN_OPEN_CLIP, ratio))
+    targets = []
+    for name, side, limit, spread in rows:
+        met = spread["median"] >= limit if side == "at least" else spread["median"] <= limit
+        targets.append({"target": name, "limit": f"{side} {limit:g}", "value": spread["median"], "met": met})
+    return targets
 
 
 def show(result: dict[str, Any]) -> None:
     """Tables for people, on stderr."""
-    table = Table("", title=f"Batches of {result['batch_size']}, {result['machine']['threads']} CPU threads: median (min–max)")
-    for heading in ("pairs/s", "ms/step", "waiting for data", "seconds to first batch"):
+    table = Table("", title=f"batches of {result['batch_size']}, {result['machine']['threads']} CPU threads")
+    for heading in ("pairs/s, median (min–max)", "ms/step", "waiting", "start, s"):
         table.add_column(heading, justify="right")
     for name, figures in result["loops"].items():
-        speed, step, waiting, first = figures.values()
-        spread = f"{speed['median']:.0f} ({speed['min']:.0f}–{speed['max']:.0f})"
-        cells = (f"{step['median'] * 1e3:.0f}", f"{waiting['median']:.0%}", f"{first['median']:.1f}")
-        table.add_row(NAMES[name], spread, *cells)
+        speed = "{median:.0f} ({min:.0f}–{max:.0f})".format(**figures["pairs_per_second"])
+        step, waiting, start = (figures[key]["median"] for key in list(figures)[1:])
+        table.add_row(NAMES[name], speed, f"{1e3 * step:.0f}", f"{waiting:.0%}", f"{start:.1f}")
     console.print(table)
     table = Table("target", "limit", "measured", "")
     for row in result["targets"]:
-        table.add_row(row["target"], f"{row['limit']:g}", f"{row['value']:.2f}", "met" if row["met"] else "[red]missed[/red]")
+        table.add_row(row["target"], row["limit"], f"{row['value']:.2f}", "met" if row["met"] else "[red]missed")
     console.print(table)
-
-
-# Where the time goes -----------------------------------------------------------------------------------------------
 
 
 def profile(steps: int, threads: int) -> dict[str, dict[str, float]]:
@@ -322,22 +265,18 @@ def machine(threads: int) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = ("torch", "open_clip_torch", "torchvision", "numpy", "pillow")
-    versions = {d.name: d.version for d in map(importlib.metadata.distribution, packages)}
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "versions": versions,
-    }
+    processor = names[0] if names else platform.processor()
+    versions = {name: version(name) for name in ("torch", "open_clip_torch", "torchvision", "numpy", "pillow")}
+    return {"processor": processor, "cores": os.cpu_count(), "threads": threads, "versions": versions}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object on stdout")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
-    parser.add_argument("--peer", choices=PEERS, default=PEERS[0], help="what to measure beside us (%(default)s)")
+    parser.add_argument(
+        "--peer", choices=("open_clip", "none"), default="open_clip", help="what to measure beside us (%(default)s)"
+    )
     parser.add_argument("--profile", action="store_true", help="only measure where a step's time goes")
     parser.add_argument("--steps", type=int, default=60, help="steps a run, at least 3 (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the towers (%(default)s)")

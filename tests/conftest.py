@@ -34,10 +34,11 @@ def require_shared(path: str) -> Path:
 
 
 def picture(number: int) -> bytes:
-    """A PNG, another one for each number."""
-    pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    """A PNG, another one for each number; the last digit is its colour."""
+    colour = np.random.default_rng(number % 10).integers(0, 200, 3)
+    pixels = colour + np.random.default_rng(number).integers(0, 56, (20, 24, 3))
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

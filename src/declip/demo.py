@@ -18,7 +18,7 @@ TRAIN, TEST = ["demo:noto", "demo:twemoji"], "demo:fluent3d"
 NAMES = {"clip": "CLIP", "declip": "DeCLIP"}
 # Pairs that both methods see for each minute asked for. On two ordinary CPU cores the whole demo, both methods, the
 # judging and the report, then ends well within those minutes.
-PAIRS_PER_MINUTE = 9_000
+PAIRS_PER_MINUTE = 4_000
 QUERIES = [
     "red heart",
     "crying cat",

@@ -176,6 +176,7 @@ def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iter
         maker,
         batch_size=None,
         sampler=range(first, steps),
+        generator=torch.Generator(),  # else it draws from the global one, and a resumed run's dropout would differ
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_quiet_worker if workers else None,

@@ -62,7 +62,7 @@ class LoadedModel:
     def device(self) -> torch.device:
         return next(self.clip.parameters()).device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_image(self, images: Iterable[Picture] | Picture, batch_size: int = 256) -> Tensor:
         """Embeddings of images (PIL, paths, uint8 [height, width, 3]), normalised: float32 [images, dim] on the CPU."""
         embeddings = [
@@ -71,13 +71,14 @@ class LoadedModel:
         ]
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_text(self, texts: Iterable[str] | str, batch_size: int = 1024) -> Tensor:
         """Embeddings of texts, normalised: float32 [texts, dim] on the CPU."""
         texts = [texts] if isinstance(texts, str) else texts
         embeddings = [self._normalised(self._text(part)) for part in _batches(iter(texts), batch_size)]
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
+    @torch.no_grad()
     def classify(
         self, images: Iterable[Picture] | Picture, labels: list[str], templates: list[str] | None = None
     ) -> list[dict[str, float]]:

@@ -47,6 +47,10 @@ def build_towers(model: Model) -> CLIP:
     if "hf_model_name" in config["text_cfg"] or config.get("custom_text"):
         raise InputError("model: only open_clip's own text transformer can be trained so far.")
     vision = dict(config["vision_cfg"])
+    if vision["image_size"] < (vision.get("patch_size") or 0):
+        raise InputError(
+            f"model.image: images of {vision['image_size']} px are smaller than a patch of {vision['patch_size']} px."
+        )
     if model.patch_dropout:
         vision["patch_dropout"] = model.patch_dropout
     try:

@@ -1,0 +1,146 @@
+"""The towers, and the text tower's forward on captions of any length against open_clip's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from declip.data.captions import Tokenizer, tokenize
+from declip.errors import InputError
+from declip.model.dual_encoder import DualEncoder
+from declip.model.towers import GROUP, MASK_ID, build_towers, encode_text
+from declip.recipe import Model, parse_recipe
+
+TOWERS: dict[str, Any] = {
+    "embed_dim": 24,
+    "image": {"image_size": 16, "layers": 1, "width": 32, "head_width": 32, "patch_size": 8},
+    "text": {"context_length": 77, "layers": 2, "width": 32, "heads": 2},
+}
+
+
+def towers(**changes: Any) -> Model:
+    return parse_recipe({"model": TOWERS | changes}).model
+
+
+def captions(count: int) -> list[str]:
+    """Of 0 to 99 words, the longest cut."""
+    return [" ".join(f"word{word % 7}" for word in range(length)) for length in (i * 37 % 100 for i in range(count))]
+
+
+def trimmed(texts: list[str]) -> Tensor:
+    tokenizer = Tokenizer()
+    return torch.from_numpy(tokenize([tokenizer.encode(text) for text in texts], 77))
+
+
+def padded(tokens: Tensor) -> Tensor:
+    return torch.nn.functional.pad(tokens, (0, 77 - tokens.shape[1]))
+
+
+@pytest.mark.parametrize("count", [3, 2 * GROUP + 5])  # at once, and in groups of like length
+@pytest.mark.parametrize("words", [6, 99])
+def test_trimmed_and_grouped_text_is_open_clips(count: int, words: int) -> None:
+    torch.manual_seed(0)
+    clip = build_towers(towers())
+    tokens = trimmed([" ".join(text.split()[:words]) for text in captions(count)])
+    assert (tokens.shape[1] < 77) == (words == 6)
+    weights = torch.randn(count, 24)
+
+    gradients = []
+    for encode in (lambda: encode_text(clip, tokens)[0], lambda: clip.encode_text(padded(tokens))):
+        clip.zero_grad()
+        embeddings = encode()
+        (embeddings * weights).sum().backward()
+        text_parameters = {name: p.grad for name, p in clip.named_parameters() if "visual" not in name}
+        gradients.append({name: grad.clone() for name, grad in text_parameters.items() if grad is not None})
+        gradients[-1]["embeddings"] = embeddings.detach()
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) > 20
+    for name, ours in gradients[0].items():
+        torch.testing.assert_close(
+            ours, gradients[1][name], rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_final_tokens_are_those_of_each_caption_alone() -> None:
+    torch.manual_seed(0)
+    clip = build_towers(towers())
+    tokens = trimmed(captions(GROUP + 10))
+    _, final = encode_text(clip, tokens)
+    assert final.shape == (*tokens.shape, 32)
+    for row in (0, 1, 17, GROUP + 9):
+        length = int((tokens[row] != 0).sum())
+        _, alone = encode_text(clip, tokens[row : row + 1, :length])
+        torch.testing.assert_close(final[row, :length], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_mask_embedding_stands_for_the_mask_token() -> None:
+    """As if the vocabulary had one row more; the caption still ends at its end token, whose id is lower."""
+    torch.manual_seed(0)
+    clip = build_towers(towers())
+    tokens = trimmed(["a red cat", "a green dog on a tree"])
+    tokens[0, 2] = tokens[1, 4] = MASK_ID
+    mask = torch.randn(32, requires_grad=True)
+    found, _ = encode_text(clip, tokens, mask)
+    with torch.no_grad():
+        clip.token_embedding.weight[5] = mask
+    as_plain, _ = encode_text(clip, tokens.masked_fill(tokens == MASK_ID, 5))
+    torch.testing.assert_close(found, as_plain)
+    found.sum().backward()
+    assert mask.grad is not None
+    assert mask.grad.abs().sum() > 0
+    assert clip.token_embedding.weight.grad[0].abs().sum() == 0  # padding's row stands in where the mask is
+
+
+@pytest.mark.parametrize("text", [{}, {"proj_bias": True}])
+def test_projection_with_and_without_bias(text: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    clip = build_towers(towers(text=TOWERS["text"] | text)).eval()
+    tokens = trimmed(captions(4))
+    torch.testing.assert_close(encode_text(clip, tokens)[0], clip.encode_text(padded(tokens)), rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_patch_embedding_and_patch_dropout() -> None:
+    clip = build_towers(towers(freeze_patch_embedding=True, patch_dropout=0.5))
+    assert not clip.visual.conv1.weight.requires_grad
+    assert clip.visual.patch_dropout.prob == 0.5
+    assert build_towers(towers()).visual.conv1.weight.requires_grad
+
+
+def test_logit_scale_starts_and_stays() -> None:
+    recipe = parse_recipe({"model": TOWERS | {"logit_scale_init": 1.5, "logit_scale_range": [0.0, 2.0]}})
+    model = DualEncoder(recipe)
+    assert model.clip.logit_scale.item() == pytest.approx(1.5)
+    for value, kept in ((5.0, 2.0), (-1.0, 0.0), (1.0, 1.0)):
+        model.clip.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        assert model.clip.logit_scale.item() == kept
+
+
+def test_resnet_and_named_architectures() -> None:
+    clip = build_towers(towers(image={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}))
+    assert clip.visual(torch.zeros(2, 3, 32, 32)).shape == (2, 24)
+    with pytest.raises(InputError, match=r"model\.name = 'ViT-Z'"):
+        build_towers(towers(name="ViT-Z"))
+    with pytest.raises(InputError, match="only open_clip's own text transformer"):
+        build_towers(towers(name="roberta-ViT-B-32"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text": TOWERS["text"] | {"heads": 3}},
+        {"image": TOWERS["image"] | {"head_width": 64}},
+        {"image": TOWERS["image"] | {"no_such_field": 1}},
+    ],
+)
+def test_impossible_towers(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"^model: open_clip cannot build these towers: "):
+        build_towers(towers(**changes))
+
+
+def test_image_smaller_than_a_patch() -> None:
+    with pytest.raises(InputError, match="images of 4 px are smaller than a patch of 8 px"):
+        build_towers(towers(image=TOWERS["image"] | {"image_size": 4}))

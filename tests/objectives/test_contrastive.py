@@ -1,0 +1,73 @@
+"""InfoNCE over views against plain loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from made import batch, cosine, features
+from torch.nn import functional as F
+
+from declip.model.dual_encoder import Features
+from declip.objectives.contrastive import Contrastive, multi_view_infonce
+
+
+def naive(made: Features, images: int, texts: list[str]) -> float:
+    """Every image view with every text view: the mean of two cross-entropies, each a softmax of its own."""
+    scale, losses = float(made.logit_scale.detach()), []
+    for image in made.image[:images]:
+        for view in texts:
+            text, count = made.text[view], len(image)
+            logits = [[scale * cosine(image[i], text[j]) for j in range(count)] for i in range(count)]
+            for i in range(count):
+                losses.append(math.log(sum(math.exp(logits[i][j] - logits[i][i]) for j in range(count))))
+                losses.append(math.log(sum(math.exp(logits[j][i] - logits[i][i]) for j in range(count))))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts"),
+    [(1, ["caption"]), (2, ["caption", "augmented"]), (2, ["masked"]), (1, ["augmented", "masked"])],
+)
+def test_like_naive(images: int, texts: list[str]) -> None:
+    made = features()
+    loss = Contrastive(images, texts)(made, batch())
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(naive(made, images, texts), rel=1e-5)
+
+
+def test_only_the_named_views_get_gradients() -> None:
+    made = features()
+    Contrastive(1, ["augmented"])(made, batch()).backward()
+    assert made.image.grad is not None
+    assert made.image.grad[0].abs().sum() > 0
+    assert made.image.grad[1].abs().sum() == 0
+    assert made.text["augmented"].grad is not None
+    assert made.text["caption"].grad is None
+    assert made.logit_scale.grad is not None
+
+
+def test_gradient_like_cross_entropy() -> None:
+    """One view of each is CLIP's loss as open_clip computes it."""
+    made, same = features(images=1), features(images=1)
+    Contrastive(1, ["caption"])(made, batch()).backward()
+    image, text = F.normalize(same.image[0], dim=-1), F.normalize(same.text["caption"], dim=-1)
+    logits = same.logit_scale * image @ text.T
+    target = torch.arange(5)
+    ((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2).backward()
+    torch.testing.assert_close(made.image.grad, same.image.grad)
+    torch.testing.assert_close(made.text["caption"].grad, same.text["caption"].grad)
+    torch.testing.assert_close(made.logit_scale.grad, same.logit_scale.grad)
+
+
+def test_large_scales_do_not_overflow() -> None:
+    images = F.normalize(torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    assert multi_view_infonce(images, images, torch.tensor(1e4)).item() == pytest.approx(0, abs=1e-6)
+    swapped = multi_view_infonce(images, images.roll(1, dims=1), torch.tensor(1e4))
+    assert 100 < swapped.item() < 2e4
+
+
+def test_alike_pairs_cost_the_logarithm_of_the_batch() -> None:
+    same = F.normalize(torch.ones(2, 6, 3), dim=-1)
+    assert multi_view_infonce(same, same, torch.tensor(50.0)).item() == pytest.approx(math.log(6))

@@ -1,0 +1,243 @@
+"""Tiny runs from end to end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from declip.data.sources import open_sources
+from declip.model.dual_encoder import DualEncoder
+from declip.recipe import Recipe, load_recipe
+from declip.training import loop
+from declip.training.held_out import HeldOut
+from declip.training.logging import read_metrics
+from declip.training.loop import train
+
+MakeRecipe = Callable[..., Recipe]
+TIMING = ("seconds", "samples_per_second")
+
+
+@pytest.fixture(autouse=True)
+def _every_step_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "LOG_SECONDS", 0.0)
+
+
+def without_timing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def scores(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """The held-out scores that the run will see, whatever it learns."""
+    left = iter(values)
+    monkeypatch.setattr(HeldOut, "score", lambda *_: {"text_to_image_r1": 1.0, "score": next(left)})
+
+
+@pytest.mark.parametrize("method", ["clip", "declip"])
+def test_run_folder(tiny: MakeRecipe, tmp_path: Path, method: str) -> None:
+    recipe, out = tiny(method), tmp_path / "run"
+    summary = train(recipe, out, quiet=True)
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() and "tensorboard" not in str(path)}
+    assert files == {
+        "recipe.toml",
+        "metrics.jsonl",
+        "open_clip_config.json",
+        "open_clip_model.safetensors",
+        "checkpoints/last.pt",
+        "checkpoints/best.safetensors",
+    }
+    assert load_recipe(out / "recipe.toml") == recipe
+
+    rows = read_metrics(out)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert [row["step"] for row in rows if "held_out" in row] == [2, 4, 6, 8]
+    for row in steps:
+        assert row["terms"].keys() == recipe.terms.active().keys()
+        weights = {name: term.weight for name, term in recipe.terms.active().items()}  # type: ignore[attr-defined]
+        assert row["loss"] == pytest.approx(sum(weights[name] * row["terms"][name] for name in weights), rel=1e-4)
+        assert row["pairs"] == 8 * row["step"]
+        assert row["lr"] > 0
+        assert row["samples_per_second"] > 0
+    assert steps[0]["logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
+
+    assert (summary["run"], summary["recipe"]) == (str(out), method)
+    assert (summary["steps"], summary["pairs_seen"], summary["training_pairs"]) == (8, 64, 32)
+    assert (summary["broken"], summary["seconds"] > 0, summary["peak_memory_gb"] > 0) == (0, True, True)
+    held_out = {row["step"]: row["held_out"] for row in rows if "held_out" in row}
+    assert summary["held_out_score"] == pytest.approx(max(row["score"] for row in held_out.values()), abs=0.01)
+    best = held_out[summary["best_step"]]
+    recalls = [best[f"{way}_r{k}"] for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    assert best["score"] == pytest.approx(sum(recalls) / 6, abs=0.01)
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_loss_falls(tiny: MakeRecipe, tmp_path: Path) -> None:
+    train(tiny("clip", "schedule.pairs_seen=480"), tmp_path / "run", quiet=True)
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_run_repeated_is_the_same(tiny: MakeRecipe, tmp_path: Path, workers: int) -> None:
+    for name, options in (("one", []), ("other", [f"data.workers={workers}"])):
+        train(tiny("declip", *options), tmp_path / name, quiet=True)
+    one, other = (without_timing(read_metrics(tmp_path / name)) for name in ("one", "other"))
+    assert one == other
+    weights = [load_file(tmp_path / name / "open_clip_model.safetensors") for name in ("one", "other")]
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_seed_changes_the_run(tiny: MakeRecipe, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(tiny("clip", f"seed={seed}"), tmp_path / str(seed), quiet=True)
+    losses = [[row.get("loss") for row in read_metrics(tmp_path / str(seed))] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("method", ["clip", "declip"])
+def test_bfloat16(tiny: MakeRecipe, tmp_path: Path, method: str) -> None:
+    """The towers compute in bfloat16, the terms in float32."""
+    for precision in ("float32", "bfloat16"):
+        train(tiny(method, f"engine.precision={precision}"), tmp_path / precision, quiet=True)
+    exact, rough = (read_metrics(tmp_path / name)[0] for name in ("float32", "bfloat16"))
+    assert exact["loss"] != rough["loss"]
+    assert exact["terms"] == pytest.approx(rough["terms"], abs=0.1)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "bfloat16" / loop.WEIGHTS).values())
+
+
+def test_vocabulary_in_use(tiny: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny("declip", "terms.masked_language.vocabulary=used")
+    train(recipe, tmp_path / "run", quiet=True)
+    used = loop.used_tokens(recipe, open_sources(recipe.data.train, recipe.data))
+    assert used is not None
+    assert 15 < len(used) < 60
+    first = read_metrics(tmp_path / "run")[0]
+    assert first["terms"]["masked_language"] < math.log(60)
+
+
+# What the held-out score decides
+
+
+def test_best_weights_are_kept(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores(monkeypatch, [10, 30, 20, 30])
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    judge = loop.Run._judge
+
+    def note(run: loop.Run, log: Any, loss: float) -> None:
+        kept[run.step] = {name: tensor.clone() for name, tensor in run.model.clip.state_dict().items()}
+        judge(run, log, loss)
+
+    monkeypatch.setattr(loop.Run, "_judge", note)
+    summary = train(tiny(), tmp_path / "run", quiet=True)
+    assert (summary["best_step"], summary["held_out_score"]) == (4, 30)
+    found = load_file(tmp_path / "run" / "open_clip_model.safetensors")
+    for name, tensor in kept[4].items():
+        assert torch.equal(found[name], tensor), name
+    assert not torch.equal(found["visual.proj"], kept[8]["visual.proj"])
+
+
+def test_without_held_out_pairs_the_last_weights_count(tiny: MakeRecipe, tmp_path: Path) -> None:
+    summary = train(tiny("clip", "data.holdout=0"), tmp_path / "run", quiet=True)
+    assert (summary["training_pairs"], summary["held_out_score"]) == (40, None)
+    assert not any("held_out" in row for row in read_metrics(tmp_path / "run"))
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    for name, tensor in load_file(tmp_path / "run" / "open_clip_model.safetensors").items():
+        assert torch.equal(tensor, state[f"clip.{name}"]), name
+
+
+def test_validation_pairs_of_their_own(tiny: MakeRecipe, pairs: Path, tmp_path: Path) -> None:
+    summary = train(tiny("clip", f"data.validation={str(pairs)!r}"), tmp_path / "run", quiet=True)
+    assert summary["training_pairs"] == 40
+    assert summary["held_out_score"] > 0
+
+
+def test_overfitting_is_said_once(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores(monkeypatch, [50 - step for step in range(16)])
+    train(tiny("clip", "schedule.pairs_seen=128", "evaluation.every=0.06", "optimizer.lr=3e-3"), tmp_path / "run")
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("Overfitting: the loss still falls") == 1
+    assert "has not risen since step 1 (50.0, now 4" in said
+
+
+def test_rising_score_is_no_overfitting(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores(monkeypatch, list(range(16)))
+    train(tiny("clip", "schedule.pairs_seen=128", "evaluation.every=0.06"), tmp_path / "run")
+    assert "Overfitting" not in capsys.readouterr().err
+
+
+def test_patience(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores(monkeypatch, [10, 30, 20, 30, 29, 28])
+    recipe = tiny("clip", "schedule.pairs_seen=128", "evaluation.every=0.125", "evaluation.patience=3")
+    summary = train(recipe, tmp_path / "run")
+    assert (summary["steps"], summary["best_step"], summary["pairs_seen"]) == (10, 4, 80)
+    assert "Stopped at step 10: no better held-out score since step 4." in capsys.readouterr().err
+    assert (tmp_path / "run" / "open_clip_model.safetensors").is_file()
+    # Going on with a run that has stopped takes no further step.
+    assert train(recipe, tmp_path / "run", resume=True, quiet=True)["steps"] == 10
+
+
+def test_scoring_leaves_the_model_as_it_was(tiny: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny("declip")
+    _, held = loop.open_pairs(recipe.data)
+    assert held is not None
+    torch.manual_seed(0)
+    model = DualEncoder(recipe)
+    held_out = HeldOut(loop.open_images(held, 1.0, 1.0), recipe, 16, 77)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first = held_out.score(model, torch.device("cpu"))
+    assert model.training
+    assert held_out.score(model.eval(), torch.device("cpu")) == first
+    assert not model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# Length, device, Ctrl-C
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (["schedule.pairs_seen=none", "schedule.epochs=2"], 8),
+        (["schedule.pairs_seen=none", "schedule.epochs=0.1"], 1),
+        (["schedule.pairs_seen=100"], 12),
+    ],
+)
+def test_length(tiny: MakeRecipe, options: list[str], steps: int) -> None:
+    assert loop.total_steps(tiny("clip", *options), 32) == steps
+
+
+def test_device_and_threads(tiny: MakeRecipe, tmp_path: Path) -> None:
+    assert loop.pick_device("auto").type in ("cpu", "cuda", "mps")
+    before = torch.get_num_threads()
+    try:
+        train(tiny("clip", "engine.threads=2", "schedule.pairs_seen=8"), tmp_path / "run", quiet=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_interrupts_wait_for_the_end_of_the_step() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with loop.interrupts_between_steps() as interrupted:
+        assert not interrupted()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):  # a second one does not wait
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
