@@ -187,7 +187,8 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| set | method | score | text→image | image→text | pairs seen | seconds |\n|---|---|---|---|---|---|---|", file=sys.stderr)
+    print("| set | method | score | text→image | image→text | pairs seen | seconds |", file=sys.stderr)
+    print("|---|---|---|---|---|---|---|", file=sys.stderr)
     for row in rows:
         ways = " | ".join(f"{row[way]:.1f}" if way in row else "" for way in WAYS)
         figure = f"{row['mean']:.1f} ± {row['sd']:.1f}"
@@ -215,7 +216,8 @@ def main() -> int:
             cell = futures[future]
             results[cell] = future.result()
             recall = SETS[cell.group]["recall"] if cell.group in SETS else 0
-            print(f"[{done}/{len(cells)}] {cell.group} {cell.method}: {score(results[cell], recall):.1f}", file=sys.stderr)
+            found = score(results[cell], recall)
+            print(f"[{done}/{len(cells)}] {cell.group} {cell.method}: {found:.1f}", file=sys.stderr)
     rows = summarise(cells, results)
     print_table(rows)
     problems = [] if args.ablation else missed(rows)

@@ -81,7 +81,8 @@ def train_peer(recipe: Recipe) -> tuple[LoadedModel, dict[str, Any]]:
                 break
     seconds = time.perf_counter() - started
     size = recipe.model.image.image_size
-    preprocess = open_clip.image_transform(size, is_train=False, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD, interpolation="bilinear")
+    statistics = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    preprocess = open_clip.image_transform(size, is_train=False, interpolation="bilinear", **statistics)
     tokenizer = open_clip.SimpleTokenizer(context_length=recipe.model.text.context_length)
     summary = {"pairs_seen": steps * batch_size, "seconds": seconds, "samples_per_second": steps * batch_size / seconds}
     return LoadedModel("open_clip loop", model.eval(), preprocess, tokenizer), summary

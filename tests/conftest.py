@@ -20,7 +20,9 @@ from declip.recipe import Recipe, load_recipe
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = ("red", "green", "blue", "cat", "dog", "bird", "fish", "tree", "house", "cloud")
 
-torch.set_num_threads(1)  # the towers here are so small that threads only wait for one another
+# The towers here are so small that threads, also those of the programs that tests start, only wait for one another.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def require_shared(path: str) -> Path:

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from declip.recipe import Recipe, Section
 
+EXTRA = "a further field of open_clip's"
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 _NAMES: dict[Any, tuple[str, str]] = {  # one of it, several of it
     str: ("string", "strings"),
@@ -35,6 +36,8 @@ def explain(section: Section, prefix: str = "") -> list[dict[str, Any]]:
                     "description": info.description or "",
                 }
             )
+    for name, value in (section.model_extra or {}).items():
+        rows.append({"path": prefix + name, "value": value, "type": "anything", "description": EXTRA})
     return rows
 
 
@@ -63,6 +66,8 @@ def _section_lines(section: Section, prefix: str, off: bool = False) -> list[str
             assignment = f"{name} = {toml_value(value)}" if known else f"{name} ="
             about = f"{info.description or name} ({type_in_words(info)}{'' if known else '; not set'})"
             lines.append(_line(assignment, about, off or not known))
+    for name, value in (section.model_extra or {}).items():
+        lines.append(_line(f"{_key(name)} = {toml_value(value)}", EXTRA, off))
     return lines + later
 
 

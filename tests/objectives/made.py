@@ -40,4 +40,5 @@ def batch(sample_ids: Sequence[int] = range(5), labels: Tensor | None = None) ->
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
+    one, other = one.detach(), other.detach()
     return float(one @ other / (one.norm() * other.norm()))

@@ -29,6 +29,7 @@ def labels() -> Tensor:
     return labels
 
 
+@torch.no_grad()
 def naive(term: MaskedLanguage, tokens: Tensor, labels: Tensor, vocabulary: list[int]) -> float:
     """Mean over the hidden tokens of -log softmax over the vocabulary."""
     losses = []
