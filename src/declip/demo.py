@@ -149,22 +149,17 @@ def _print_table(results: list[ModelResult]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Retrieval on 1,852 unseen pictures (Fluent Emoji 3D), R@k in %")
+    table = Table(title="Retrieval on 1,852 unseen pictures (Fluent Emoji 3D)")
     table.add_column("")
-    recall_headings = ("text→image 1", "5", "10", "image→text 1", "5", "10")
-    for heading in (*recall_headings, "pairs seen", "seconds", "pairs/s", "memory GB"):
+    for heading in ("text→image\nR@1/5/10 %", "image→text\nR@1/5/10 %", "pairs\nseen", "seconds", "pairs/s", "GB"):
         table.add_column(heading, justify="right")
     for result in results:
         recalls = [
-            f"{result.metrics[f'{way}_r{k}']:.1f}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)
+            " ".join(f"{result.metrics[f'{way}_r{k}']:.1f}" for k in (1, 5, 10))
+            for way in ("text_to_image", "image_to_text")
         ]
-        cost = [
-            f"{result.pairs_seen:,}",
-            f"{result.seconds:.0f}",
-            f"{result.pairs_per_second:.0f}",
-            f"{result.peak_memory_gb:.1f}",
-        ]
-        table.add_row(result.name, *recalls, *cost)
+        cost = (result.pairs_seen, round(result.seconds), round(result.pairs_per_second))
+        table.add_row(result.name, *recalls, *(f"{figure:,}" for figure in cost), f"{result.peak_memory_gb:.1f}")
     Console().print(table)
 
 
