@@ -37,6 +37,7 @@ from declip.training.optimizer import build_optimizer, learning_rate
 
 LOG_SECONDS = 0.5
 SAVE_SECONDS = 60.0
+MEMORY_SECONDS = 5.0
 
 
 def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -180,7 +181,7 @@ class Run:
             self.model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.step, self.seconds, self.peak_memory = 0, 0.0, 0
+        self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
         self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
         self.loss_at_best, self.sound = math.inf, True
         kept = images.kept or []
@@ -239,8 +240,10 @@ class Run:
                 raise KeyboardInterrupt
 
     def _row(self, loss: Tensor, terms: dict[str, Tensor], rate: float, speed: float) -> dict[str, Any]:
-        memory = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else resident_bytes()
-        self.peak_memory = max(self.peak_memory, memory)
+        if self.device.type == "cuda":
+            self.peak_memory = max(self.peak_memory, torch.cuda.max_memory_allocated())
+        elif time.perf_counter() - self.memory_read >= MEMORY_SECONDS:  # reading it takes tens of milliseconds
+            self.peak_memory, self.memory_read = max(self.peak_memory, resident_bytes()), time.perf_counter()
         return {
             "step": self.step,
             "pairs": self.step * self.recipe.schedule.batch_size,
