@@ -120,6 +120,7 @@ def run_cell(cell: Cell, work: Path, threads: int) -> dict[str, Any]:
     from declip.evaluation import evaluate
     from declip.model.pretrained import load
     from declip.recipe import load_recipe
+    from declip.training.logging import read_metrics
     from declip.training.loop import train
 
     torch.set_num_threads(threads)
@@ -139,10 +140,6 @@ def run_cell(cell: Cell, work: Path, threads: int) -> dict[str, Any]:
     stored.write_text(json.dumps(result))
     shutil.rmtree(out, ignore_errors=True)
     return result
-
-
-def read_metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def score(result: dict[str, Any], recall: int) -> float:

@@ -96,7 +96,8 @@ class BatchMaker(Dataset[Batch | InputError]):
         self.images, self.recipe, self.size, self.context_length = images, recipe, image_size, context_length
         self.order = Order(len(images.source), recipe.schedule.batch_size, recipe.seed)
         self.tokenizer = Tokenizer()
-        self.synonyms = load_synonyms() if "augmented" in recipe.text_views else {}
+        self.image_views, self.text_views = recipe.image_views, recipe.text_views  # worked out once, not for each pair
+        self.synonyms = load_synonyms() if "augmented" in self.text_views else {}
 
     def __getitem__(self, number: int) -> Batch | InputError:
         try:
@@ -108,19 +109,19 @@ class BatchMaker(Dataset[Batch | InputError]):
         """Batch `number`, all views of it."""
         recipe, rows, first = self.recipe, [], number * self.order.batch_size
         broken: list[tuple[int, str, str]] = []
-        images = np.empty((recipe.image_views, self.order.batch_size, self.size, self.size, 3), np.uint8)
+        images = np.empty((self.image_views, self.order.batch_size, self.size, self.size, 3), np.uint8)
         for row, wanted in enumerate(self.order.batch(number)):
             index, image = self._readable(int(wanted), broken)
             rows.append(index)
             rng = np.random.default_rng([recipe.seed, first + row, 0])
-            for view in range(recipe.image_views):
+            for view in range(self.image_views):
                 images[view, row] = random_view(image, self.size, recipe.data.images, rng)
         rngs = [np.random.default_rng([recipe.seed, first + row, 1]) for row in range(len(rows))]
         tokens, labels = self._texts(rows, rngs)
         return Batch(
             images=torch.from_numpy(images),
             tokens=torch.from_numpy(tokens),
-            text_views=tuple(recipe.text_views),
+            text_views=tuple(self.text_views),
             labels=None if labels is None else torch.from_numpy(labels),
             sample_ids=torch.tensor(rows),
             broken=tuple(broken),
@@ -143,7 +144,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         views, labels = [], None
         options = self.recipe.data.text
         drawn = [self._draw(index, rng) for index, rng in zip(rows, rngs, strict=True)]
-        for number, view in enumerate(self.recipe.text_views):
+        for number, view in enumerate(self.text_views):
             texts = [captions[number] for captions in drawn]
             if view == "augmented":
                 texts = [augment(text, self.synonyms, options, rng) for text, rng in zip(texts, rngs, strict=True)]
@@ -160,7 +161,7 @@ class BatchMaker(Dataset[Batch | InputError]):
 
     def _draw(self, index: int, rng: np.random.Generator) -> list[str]:
         """One caption for each text view."""
-        pool, options, count = self.images.source.captions(index), self.recipe.data.text, len(self.recipe.text_views)
+        pool, options, count = self.images.source.captions(index), self.recipe.data.text, len(self.text_views)
         if options.pool == "first":
             return [pool[0]] * count
         if not options.independent:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from declip.errors import InputError
 from declip.model.class_embeddings import class_embeddings
 from declip.model.export import is_open_clip_folder
-from declip.model.towers import encode_text
+from declip.model.towers import encode_text, trim
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,8 +92,7 @@ class LoadedModel:
     def _text(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(texts).to(self.device)
         if hasattr(self.clip, "token_embedding") and getattr(self.clip, "text_pool_type", "") == "argmax":
-            tokens = tokens[:, : int((tokens != 0).sum(dim=1).max())]  # no padding computed
-            return encode_text(self.clip, tokens)[0]
+            return encode_text(self.clip, trim(tokens))[0]
         return self.clip.encode_text(tokens)  # type: ignore[operator, no-any-return]
 
     @staticmethod

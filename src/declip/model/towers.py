@@ -89,6 +89,11 @@ def encode_text(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None = None
     return torch.cat([embedding for embedding, _ in encoded])[back], final[back]
 
 
+def trim(tokens: Tensor) -> Tensor:
+    """Tokens cut to the longest caption: int64 [batch, tokens] padded with 0 -> [batch, longest]."""
+    return tokens[:, : int((tokens != 0).sum(dim=1).max())]
+
+
 def _embed(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None) -> Tensor:
     if mask_embedding is None:
         plain: Tensor = clip.token_embedding(tokens)

@@ -15,7 +15,7 @@ from declip.data.sources import BrokenPair
 from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
-from declip.model.towers import encode_text
+from declip.model.towers import encode_text, trim
 from declip.recipe import Recipe
 
 
@@ -50,13 +50,9 @@ class HeldOut:
         was_training = model.training
         model.eval()
         image_parts = [model.clip.visual(model.pixels(part.to(device))) for part in torch.split(self.images, 256)]
-        text_parts = [encode_text(model.clip, _trim(part).to(device))[0] for part in torch.split(self.tokens, 512)]
+        text_parts = [encode_text(model.clip, trim(part).to(device))[0] for part in torch.split(self.tokens, 512)]
         model.train(was_training)
         images, texts = (F.normalize(torch.cat(parts).float(), dim=-1).cpu() for parts in (image_parts, text_parts))
         metrics = retrieval_metrics(images, texts, self.image_of_text)
         finite = bool(images.isfinite().all() and texts.isfinite().all())
         return {**metrics, "score": sum(metrics.values()) / len(metrics) if finite else math.nan}
-
-
-def _trim(tokens: torch.Tensor) -> torch.Tensor:
-    return tokens[:, : int((tokens != 0).sum(dim=1).max())]
