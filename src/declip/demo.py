@@ -52,6 +52,7 @@ def run_demo(out: str | Path, minutes: float = 10.0, quiet: bool = False) -> dic
     from declip.evaluation import evaluate
     from declip.evaluation.report import ModelResult
     from declip.model.pretrained import load
+    from declip.training.checkpoint import check_unused
     from declip.training.logging import read_metrics
     from declip.training.loop import train
 
@@ -59,8 +60,7 @@ def run_demo(out: str | Path, minutes: float = 10.0, quiet: bool = False) -> dic
     recipes = {method: demo_recipe(method, minutes) for method in NAMES} if minutes > 0 else {}
     if not recipes:
         raise InputError(f"--minutes {minutes:g} leaves no time to train: give a number above 0.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} already holds files: give another --out.")
+    check_unused(out)
     results, models = [], {}
     for method, name in NAMES.items():
         console.print(f"[bold]{name}[/bold]: {recipes[method].about}")

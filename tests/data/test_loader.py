@@ -189,11 +189,17 @@ def test_broken_pairs_are_replaced_and_reported(
     for batch in batches(recipe, steps=2, workers=workers):  # an epoch
         assert batch.images.shape[1] == batch.tokens.shape[1] == 10
         assert not {3, 4, 5} & set(batch.sample_ids.tolist())
+        assert len(set(batch.sample_ids.tolist())) == 10, "a stand-in that the batch has already is its own negative"
         reported |= {index: f"{where}: {reason}" for index, where, reason in batch.broken}
     assert reported.keys() == {3, 4, 5}
     assert re.search(r"broken\.parquet, row 3: the image cannot be decoded", reported[3])
     assert "caption" in reported[4]
     assert "row 5: the image cannot be decoded" in reported[5]
+
+
+def test_stand_in_twice_where_there_is_no_other(tiny: MakeRecipe, with_broken: str) -> None:
+    (batch,) = batches(tiny("clip", with_broken, "schedule.batch_size=20"), steps=1)
+    assert set(batch.sample_ids.tolist()) == set(range(20)) - {3, 4, 5}
 
 
 def test_too_many_broken_pairs(tiny: MakeRecipe, with_broken: str) -> None:

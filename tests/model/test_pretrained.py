@@ -109,6 +109,7 @@ def test_classify(model: LoadedModel) -> None:
         assert list(row.values()) == sorted(row.values(), reverse=True)
         assert [row[label] for label in labels] == pytest.approx(probabilities, rel=1e-4)
     assert model.classify(images[0], ["cat", "dog"])[0].keys() == {"cat", "dog"}
+    assert model.classify([], labels) == []
 
 
 def test_embeddings_can_be_trained_on(model: LoadedModel) -> None:

@@ -248,14 +248,13 @@ def test_writers_say_that_the_disk_is_full(train: Run, out: Path, file: str, mon
     """What PyTorch and safetensors themselves write goes to a full device."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
-    open_run = loop.open_run
+    make_run = loop.make_run
 
-    def prepared(*arguments: Any) -> bool:
-        going_on = open_run(*arguments)
+    def prepared(*arguments: Any) -> None:
+        make_run(*arguments)
         (out / "checkpoints" / file).symlink_to("/dev/full")
-        return going_on
 
-    monkeypatch.setattr(loop, "open_run", prepared)
+    monkeypatch.setattr(loop, "make_run", prepared)
     assert "the disk is full" in sentence(train())
     assert not list((out / "checkpoints").glob(".*"))
 

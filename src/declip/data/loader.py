@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -110,8 +111,11 @@ class BatchMaker(Dataset[Batch | InputError]):
         recipe, rows, first = self.recipe, [], number * self.order.batch_size
         broken: list[tuple[int, str, str]] = []
         images = np.empty((self.image_views, self.order.batch_size, self.size, self.size, 3), np.uint8)
-        for row, wanted in enumerate(self.order.batch(number)):
-            index, image = self._readable(int(wanted), broken)
+        order = self.order.batch(number).tolist()
+        taken = set(order)
+        for row, wanted in enumerate(order):
+            index, image = self._readable(wanted, taken, broken)
+            taken.add(index)
             rows.append(index)
             rng = np.random.default_rng([recipe.seed, first + row, 0])
             for view in range(self.image_views):
@@ -127,10 +131,9 @@ class BatchMaker(Dataset[Batch | InputError]):
             broken=tuple(broken),
         )
 
-    def _readable(self, index: int, broken: list[tuple[int, str, str]]) -> tuple[int, np.ndarray]:
+    def _readable(self, index: int, taken: set[int], broken: list[tuple[int, str, str]]) -> tuple[int, np.ndarray]:
         """The pair itself, or, where it is broken, the next one in storage that is not: its index and its image."""
-        for step in range(len(self.images.source)):
-            candidate = (index + step) % len(self.images.source)
+        for candidate in chain([index], self._stand_ins(index, taken)):
             try:
                 if not self.images.source.captions(candidate):
                     raise BrokenPair(self.images.source.key(candidate), f"pair {candidate}", "every caption is empty")
@@ -138,6 +141,15 @@ class BatchMaker(Dataset[Batch | InputError]):
             except BrokenPair as error:
                 broken.append((candidate, error.where, error.reason))
         raise InputError(f"None of the {len(self.images.source)} pairs of {self.images.source.name} can be read.")
+
+    def _stand_ins(self, index: int, taken: set[int]) -> Iterator[int]:
+        """The other pairs in storage order from `index` on; last those of this batch, which would be own negatives."""
+        size = len(self.images.source)
+        for in_batch in (False, True):
+            for step in range(1, size):
+                candidate = (index + step) % size
+                if (candidate in taken) == in_batch:
+                    yield candidate
 
     def _texts(self, rows: list[int], rngs: list[np.random.Generator]) -> tuple[np.ndarray, np.ndarray | None]:
         """All text views: tokens int64 [text views, batch, longest] and the masked view's labels [batch, longest]."""

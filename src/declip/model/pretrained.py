@@ -83,9 +83,12 @@ class LoadedModel:
         self, images: Iterable[Picture] | Picture, labels: list[str], templates: list[str] | None = None
     ) -> list[dict[str, float]]:
         """For each image the probability of each label, most likely first."""
+        embeddings = self.encode_image(images)
+        if not len(embeddings):
+            return []
         classes = class_embeddings(self, labels, templates)
         scale = self.clip.logit_scale.exp().cpu()  # type: ignore[operator]
-        probabilities = (scale * self.encode_image(images) @ classes.T).softmax(dim=-1)
+        probabilities = (scale * embeddings @ classes.T).softmax(dim=-1)
         rows = (dict(zip(labels, row, strict=True)) for row in probabilities.tolist())
         return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]
 

@@ -29,30 +29,39 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def open_run(out: Path, recipe: Recipe, resume: bool) -> bool:
-    """Prepare the run folder; True where there is a checkpoint to go on from.
+def check_run(out: Path, recipe: Recipe, resume: bool) -> bool:
+    """Whether there is a checkpoint to go on from; looks only, so that a slip is answered before any work is done.
 
     Raises InputError where the folder holds another run, or --resume finds a different recipe or nothing.
     """
+    if not resume:
+        check_unused(out, "give another --out, or --resume to go on with the run there")
+        return False
     stored = out / RECIPE
-    if resume:
-        if not stored.is_file():
-            raise InputError(f"{out} holds no run to resume: leave out --resume to start one there.")
-        difference = _first_difference(load_recipe(stored), recipe)
-        if difference:
-            raise InputError(f"{out} was trained with another recipe ({difference}): resume with the same one.")
-        return (out / LAST).is_file()
+    if not stored.is_file():
+        raise InputError(f"{out} holds no run to resume: leave out --resume to start one there.")
+    difference = _first_difference(load_recipe(stored), recipe)
+    if difference:
+        raise InputError(f"{out} was trained with another recipe ({difference}): resume with the same one.")
+    return (out / LAST).is_file()
+
+
+def check_unused(out: Path, advice: str = "give another --out") -> None:
+    """Raise InputError where `out` is a file, or a folder with anything in it."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} already holds files: give another --out, or --resume to go on with the run there.")
+        raise InputError(f"{out} already holds files: {advice}.")
+
+
+def make_run(out: Path, recipe: Recipe) -> None:
+    """Make the run folder with its recipe, unless it is there; raises InputError where it cannot be made."""
     try:
-        (out / "checkpoints").mkdir(parents=True)
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(f"The folder {out} cannot be made ({error.strerror}): give another --out.") from None
     text = to_toml(recipe)
-    write_atomically(stored, lambda path: path.write_text(text, encoding="utf-8"))
-    return False
+    write_atomically(out / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _first_difference(stored: Recipe, asked: Recipe) -> str | None:

@@ -6,13 +6,23 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from declip.training.checkpoint import write_atomically
+
+
+class _Bar(Progress):
+    """The bar, and below it the terms, which would not fit beside it on 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["terms"], style="dim") for task in self.tasks)
 
 
 class RunLog:
@@ -22,7 +32,7 @@ class RunLog:
         self._file: TextIO = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
         self.console = Console(stderr=True, quiet=quiet)
         self._board = _tensorboard(out)
-        self._progress = Progress(
+        self._progress = _Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
@@ -30,7 +40,7 @@ class RunLog:
             TextColumn("{task.fields[text]}"),
             console=self.console,
         )
-        self._task = self._progress.add_task(name, total=steps, completed=first, text="")
+        self._task = self._progress.add_task(name, total=steps, completed=first, text="", terms="")
         self._held_out = ""
 
     def __enter__(self) -> RunLog:
@@ -45,13 +55,13 @@ class RunLog:
 
     def train(self, row: dict[str, Any]) -> None:
         self._write(row)
-        terms = " ".join(f"{name} {value:.3f}" for name, value in row["terms"].items())
-        text = f"{row['samples_per_second']:.0f} pairs/s  loss {row['loss']:.3f} ({terms}) {self._held_out}"
-        self._progress.update(self._task, completed=row["step"], text=text)
+        text = f"{row['samples_per_second']:.0f} pairs/s  loss {row['loss']:.3f}{self._held_out}"
+        terms = "  ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in row["terms"].items())
+        self._progress.update(self._task, completed=row["step"], text=text, terms=terms)
 
     def held_out(self, row: dict[str, Any]) -> None:
         self._write(row)
-        self._held_out = f" held-out {row['held_out']['score']:.1f}"
+        self._held_out = f"  held-out {row['held_out']['score']:.1f}"
 
     def say(self, text: str, style: str | None = None) -> None:
         # File names may hold what rich would take for markup.

@@ -25,7 +25,8 @@ from declip.objectives.objective import Objective, build_objective
 from declip.recipe import Data, Recipe
 from declip.training.checkpoint import (
     WEIGHTS_BEST,
-    open_run,
+    check_run,
+    make_run,
     read_checkpoint,
     save_checkpoint,
     save_weights,
@@ -47,6 +48,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     the state is saved.
     """
     out = Path(out)
+    going_on = check_run(out, recipe, resume)
     device = pick_device(recipe.engine.device)
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
@@ -62,7 +64,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model, used_tokens(recipe, pairs))
     held_out = HeldOut(held_images, recipe, model.image_size, model.context_length) if held_images else None
-    going_on = open_run(out, recipe, resume)
+    make_run(out, recipe)
     run = Run(recipe, out, device, model, objective, images, held_out, steps)
     if going_on:
         run.restore(read_checkpoint(out))
