@@ -26,9 +26,13 @@ class Pairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         from torchvision import transforms
 
         self.pairs = [(source[index].image, source[index].captions) for index in range(len(source))]
+        views = recipe.data.images
+        colours = transforms.ColorJitter(views.brightness, views.contrast, views.saturation, views.hue)
         self.transform = transforms.Compose(
             [
-                transforms.RandomResizedCrop(recipe.model.image.image_size, scale=recipe.data.images.crop_scale),
+                transforms.RandomResizedCrop(recipe.model.image.image_size, scale=views.crop_scale),
+                transforms.RandomApply([colours], views.jitter),
+                transforms.RandomHorizontalFlip(views.flip),
                 transforms.ToTensor(),
                 transforms.Normalize(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD),
             ]
