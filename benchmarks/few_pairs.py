@@ -26,13 +26,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from declip.demo import NAMES_AS_THEY_ARE
+
 WAYS = ("text_to_image", "image_to_text")
 METHODS = {"CLIP": "clip", "DeCLIP": "declip"}
-# Names of a few words suffer where words are dropped or swapped; sentences gain (--study ablation).
-NAMES_AS_THEY_ARE = [
-    'terms.contrastive.texts=["caption","masked"]',
-    'terms.nearest_neighbour.texts=["caption"]',
-]
 EMOJI = {
     "train": ["demo:noto", "demo:twemoji"],
     "test": "demo:fluent3d",
