@@ -58,14 +58,16 @@ HELD_OUT: dict[str, list[str]] = {
     "flickr8k": ['data.train=["{shared}/data/flickr8k_train.parquet"]', "data.holdout=0.1", "data.fraction=0.25"],
 }
 CHOOSING = {"emoji": 24_000, "flickr8k": 48_000}  # pairs seen by a run that only chooses
-LENGTHS = (24_000, 48_000)
+LENGTHS = (24_000, 48_000, 96_000, 192_000)
 _COLOURS = "data.images.brightness={0} data.images.contrast={0} data.images.saturation={0} data.images.hue={1}"
 TUNING: dict[str, list[str]] = {
     "as shipped": [],
     "no colour changes": ["data.images.jitter=0"],
     "stronger colour changes": ["data.images.jitter=1", *_COLOURS.format(0.5, 0.06).split()],
     "smaller crops, flips": ["data.images.crop_scale=[0.3,1.0]", "data.images.flip=0.5"],
+    "half the rate": ["optimizer.lr=0.0005"],
     "twice the rate": ["optimizer.lr=0.002"],
+    "five times the weight decay": ["optimizer.weight_decay=0.5"],
     "a ViT of like cost": ["model.image.layers=4", "model.image.width=128"],
 }
 NO_OTHER_TERMS = [f"terms.{term}.weight=0" for term in ("simsiam", "masked_language", "nearest_neighbour")]

@@ -115,6 +115,14 @@ def test_bfloat16(tiny: MakeRecipe, tmp_path: Path, method: str) -> None:
     assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "bfloat16" / loop.WEIGHTS).values())
 
 
+def test_attention_on_a_cpu_in_bfloat16_is_made_of_plain_products() -> None:
+    for precision, flash in (("float32", True), ("bfloat16", False)):
+        with loop.autocast(torch.device("cpu"), precision):
+            assert torch.backends.cuda.flash_sdp_enabled() is flash  # CPUs heed this flag too
+            assert torch.is_autocast_enabled("cpu") is not flash
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
 def test_vocabulary_in_use(tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny("declip", "terms.masked_language.vocabulary=used")
     train(recipe, tmp_path / "run", quiet=True)
