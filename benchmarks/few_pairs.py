@@ -35,23 +35,26 @@ EMOJI = {
     "test": "demo:fluent3d",
     "recall": 1,
     "views": [],
+    "clip": [],
     "declip": NAMES_AS_THEY_ARE,
+    "tuned": {"clip": [], "declip": []},
 }
 FLICKR = {
     "train": ["{shared}/data/flickr8k_train.parquet"],
     "test": "{shared}/data/flickr8k_dev.parquet",
     "recall": 10,
     "views": ["data.images.flip=0.5"],  # photos may be mirrored; of emoji, arrows and hands may not
+    "clip": [],
     "declip": [],
+    "tuned": {"clip": ["optimizer.lr=0.0005"], "declip": []},  # what --study tuning found, method by method
 }
-# Each is trained for so many pairs and for twice as many. A DeCLIP step takes a little less than two CLIP steps, so
-# DeCLIP's first row stands beside CLIP's second one at equal wall time.
 SETS: dict[str, dict[str, Any]] = {
-    "emoji-quarter": {**EMOJI, "fraction": 0.25, "pairs": 32_000},
-    "flickr8k-quarter": {**FLICKR, "fraction": 0.25, "pairs": 40_000},
-    "emoji": {**EMOJI, "fraction": 1.0, "pairs": 48_000},
-    "flickr8k": {**FLICKR, "fraction": 1.0, "pairs": 48_000},
+    "emoji-quarter": {**EMOJI, "fraction": 0.25},
+    "flickr8k-quarter": {**FLICKR, "fraction": 0.25},
+    "emoji": {**EMOJI, "fraction": 1.0},
+    "flickr8k": {**FLICKR, "fraction": 1.0},
 }
+PAIRS = 96_000  # seen by each method; half of it as well, where DeCLIP has taken about as long as CLIP with all of it
 # Where everything is chosen: pairs of the training sets alone.
 HELD_OUT: dict[str, list[str]] = {
     "emoji": ['data.train=["demo:noto"]', 'data.validation=["demo:twemoji"]', "data.fraction=0.5"],
@@ -111,27 +114,29 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def comparison_cells(names: list[str], seeds: int, shared: str, peer: bool) -> list[Cell]:
-    """Every cell, seed by seed, so that a stopped run has whole rows; the peer last."""
-    methods = [(method, base, times) for times in (1, 2) for method, base in METHODS.items()]
-    wanted = list(product(range(seeds), names, methods))
-    if peer:
-        wanted += product(range(seeds), names, [("open_clip loop", "clip", 1)])
+def comparison_cells(names: list[str], seeds: int, half_seeds: int, shared: str, peer: bool) -> list[Cell]:
+    """Every cell, seed by seed, so that a stopped run has whole rows; then the half lengths, the peer last."""
+    wanted = [(*cell, PAIRS) for cell in product(range(seeds), names, METHODS.items())]
+    halves = METHODS | ({"open_clip loop": "clip"} if peer else {})
+    wanted += [
+        (seed, name, method, PAIRS // 2) for method, seed, name in product(halves.items(), range(half_seeds), names)
+    ]
     cells = []
-    for seed, name, (method, base, times) in wanted:
+    for seed, name, (method, base), pairs in wanted:
         options = SETS[name]
         overrides = (
             f"data.train={json.dumps([path.format(shared=shared) for path in options['train']])}",
             "data.holdout=0",
             f"data.fraction={options['fraction']}",
             f"data.fraction_seed={seed}",
-            f"schedule.pairs_seen={times * options['pairs']}",
+            f"schedule.pairs_seen={pairs}",
             f"seed={seed}",
             *options["views"],
-            *(options["declip"] if base == "declip" else ()),
+            *options[base],
+            *options["tuned"][base],
         )
         test = options["test"].format(shared=shared)
-        cells.append(Cell(name, method, base, overrides, test, times * options["pairs"], method == "open_clip loop"))
+        cells.append(Cell(name, method, base, overrides, test, pairs, method == "open_clip loop"))
     return cells
 
 
@@ -153,7 +158,7 @@ def held_out_cells(study: str, names: list[str], seeds: int, shared: str) -> lis
     cells = []
     for seed, name, (method, base, changes) in product(range(seeds), names, rows):
         common = [option.format(shared=shared) for option in HELD_OUT[name]]
-        common += SETS[name]["views"] + (SETS[name]["declip"] if base == "declip" else [])
+        common += SETS[name]["views"] + SETS[name][base] + ([] if study == "tuning" else SETS[name]["tuned"][base])
         common += [f"schedule.pairs_seen={CHOOSING[name]}", "evaluation.every=0.25", f"seed={seed}"]
         cells.append(Cell(f"{study}, {name}", method, base, (*common, *changes), None))
     return cells
@@ -254,7 +259,10 @@ def main() -> int:
     parser.add_argument("--study", choices=("comparison", "tuning", "lengths", "ablation"), default="comparison")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="which settings (default: all of the study's)")
     parser.add_argument("--peer", choices=["open_clip"], help="train a plain open_clip loop too")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of every cell (%(default)s)")
+    parser.add_argument(
+        "--half-seeds", type=int, default=1, help="seeds at half the length, and of the peer (%(default)s)"
+    )
     parser.add_argument("--shared", default="../shared", help="folder that holds data/flickr8k_*.parquet")
     parser.add_argument("--work", type=Path, default=Path("runs/few_pairs"), help="where finished cells are kept")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
@@ -265,7 +273,7 @@ def main() -> int:
     comparison = args.study == "comparison"
     names = [name for name in SETS if (comparison or name in HELD_OUT) and name in (args.sets or SETS)]
     if comparison:
-        cells = comparison_cells(names, args.seeds, args.shared, args.peer is not None)
+        cells = comparison_cells(names, args.seeds, args.half_seeds, args.shared, args.peer is not None)
     else:
         cells = held_out_cells(args.study, names, args.seeds, args.shared)
     results = {}
