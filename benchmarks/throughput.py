@@ -40,7 +40,7 @@ from declip.data.loader import BatchMaker
 from declip.data.sources import open_sources
 from declip.demo import TRAIN
 from declip.model import dual_encoder
-from declip.model.towers import build_towers, model_config
+from declip.model.towers import model_config
 from declip.objectives import objective
 from declip.recipe import Data, Recipe, load_recipe
 from declip.training import loop
@@ -230,7 +230,7 @@ def profile(steps: int, threads: int) -> dict[str, dict[str, float]]:
         everywhere = [
             ("batch: views and tokens (in a loader process)", BatchMaker, "__getitem__"),
             ("pixels to normalised floats", dual_encoder.DualEncoder, "pixels"),
-            ("image tower forward", type(build_towers(recipe.model).visual), "forward"),
+            ("image tower forward", dual_encoder, "encode_image"),
             ("text tower forward", dual_encoder, "encode_text"),
             ("backward", torch.Tensor, "backward"),
             ("AdamW", torch.optim.AdamW, "step"),

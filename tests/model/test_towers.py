@@ -11,7 +11,7 @@ from torch import Tensor
 from declip.data.captions import Tokenizer, tokenize
 from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
-from declip.model.towers import GROUP, MASK_ID, build_towers, encode_text
+from declip.model.towers import GROUP, MASK_ID, build_towers, encode_image, encode_text
 from declip.recipe import Model, parse_recipe
 
 TOWERS: dict[str, Any] = {
@@ -119,9 +119,33 @@ def test_logit_scale_starts_and_stays() -> None:
         assert model.clip.logit_scale.item() == kept
 
 
+@pytest.mark.parametrize("image_size", [32, 96])
+def test_resnet_pooled_with_one_query_is_open_clips(image_size: int) -> None:
+    torch.manual_seed(0)
+    image = {"image_size": image_size, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+    clip = build_towers(towers(image=image))
+    for parameter in clip.visual.parameters():
+        if parameter.ndim == 1:
+            torch.nn.init.normal_(parameter)  # biases start at 0, and a block's last norm hides the block
+    pixels, weights = torch.randn(6, 3, image_size, image_size), torch.randn(6, 24)
+
+    found = []
+    for encode in (lambda: encode_image(clip, pixels), lambda: clip.encode_image(pixels)):
+        clip.zero_grad()
+        embeddings = encode()
+        (embeddings * weights).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in clip.visual.named_parameters() if p.grad is not None}
+        found.append(gradients | {"embeddings": embeddings.detach()})
+    assert found[0].keys() == found[1].keys()
+    assert len(found[0]) == len(list(clip.visual.parameters())) + 1
+    for name, ours in found[0].items():
+        distance = (ours - found[1][name]).norm() / found[1][name].norm().clamp(min=1)
+        assert distance < 1e-4, name
+
+
 def test_resnet_and_named_architectures() -> None:
     clip = build_towers(towers(image={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}))
-    assert clip.visual(torch.zeros(2, 3, 32, 32)).shape == (2, 24)
+    assert encode_image(clip, torch.zeros(2, 3, 32, 32)).shape == (2, 24)
     with pytest.raises(InputError, match=r"model\.name = 'ViT-Z'"):
         build_towers(towers(name="ViT-Z"))
     with pytest.raises(InputError, match="only open_clip's own text transformer"):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Batch
-from declip.model.towers import build_towers, encode_text
+from declip.model.towers import build_towers, encode_image, encode_text
 from declip.recipe import Recipe
 
 # open_clip's own mean and standard deviation, so that a finished run opens there with the same preprocessing.
@@ -76,7 +76,8 @@ class DualEncoder(nn.Module):
 
     def forward(self, batch: Batch) -> Features:
         views, size = batch.images.shape[:2]
-        image = torch.unflatten(self.clip.visual(self.pixels(batch.images.flatten(0, 1))), 0, (views, size))
+        image = encode_image(self.clip, self.pixels(batch.images.flatten(0, 1)))
+        image = torch.unflatten(image, 0, (views, size))
         text, tokens = encode_text(self.clip, batch.tokens.flatten(0, 1), self.mask_embedding)
         text = torch.unflatten(text, 0, (len(batch.text_views), size))
         masked_tokens = None

@@ -1,4 +1,4 @@
-"""The two towers, built by open_clip, and the text tower's forward on captions of any length."""
+"""The two towers, built by open_clip, and their forwards: a ResNet pooled with one query, captions of any length."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from declip.recipe import Model
 
 if TYPE_CHECKING:
     from open_clip.model import CLIP
+    from open_clip.modified_resnet import AttentionPool2d
 
 MASK_ID = 49408  # one past open_clip's vocabulary: the mask token is ours, the open_clip model never sees it
 EOT_ID = 49407
@@ -66,6 +67,33 @@ def build_towers(model: Model) -> CLIP:
     if model.freeze_patch_embedding and hasattr(clip.visual, "conv1"):
         clip.visual.conv1.weight.requires_grad_(False)
     return clip
+
+
+def encode_image(clip: CLIP, pixels: Tensor) -> Tensor:
+    """open_clip's image tower: float [batch, 3, height, width] -> embeddings [batch, dim], not normalised.
+
+    A ResNet's attention pool asks with the mean token alone: open_clip's lets every token ask and drops the answers.
+    """
+    from open_clip.modified_resnet import ModifiedResNet
+
+    tower = clip.visual
+    if not isinstance(tower, ModifiedResNet):
+        embeddings: Tensor = tower(pixels)
+        return embeddings
+    grid = tower.layer4(tower.layer3(tower.layer2(tower.layer1(tower.stem(pixels)))))
+    return _attention_pool(tower.attnpool, grid)
+
+
+def _attention_pool(pool: AttentionPool2d, grid: Tensor) -> Tensor:
+    """[batch, width, height, width] -> [batch, dim]"""
+    tokens = grid.flatten(2).transpose(1, 2)
+    tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+    tokens = tokens + pool.positional_embedding.to(tokens.dtype)
+    query, keys, values = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
+    heads = (x.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for x in (query, keys, values))
+    pooled = F.scaled_dot_product_attention(*heads)  # [batch, heads, 1, head width]
+    projected: Tensor = pool.c_proj(pooled.flatten(1))
+    return projected
 
 
 def encode_text(clip: CLIP, tokens: Tensor, mask_embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from declip.data.sources import BrokenPair
 from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
-from declip.model.towers import encode_text, trim
+from declip.model.towers import encode_image, encode_text, trim
 from declip.recipe import Recipe
 
 
@@ -49,7 +49,9 @@ class HeldOut:
         """Recall at 1, 5 and 10 both ways in percent, and `score`, their mean; NaN where the model gives no numbers."""
         was_training = model.training
         model.eval()
-        image_parts = [model.clip.visual(model.pixels(part.to(device))) for part in torch.split(self.images, 256)]
+        image_parts = [
+            encode_image(model.clip, model.pixels(part.to(device))) for part in torch.split(self.images, 256)
+        ]
         text_parts = [encode_text(model.clip, trim(part).to(device))[0] for part in torch.split(self.tokens, 512)]
         model.train(was_training)
         images, texts = (F.normalize(torch.cat(parts).float(), dim=-1).cpu() for parts in (image_parts, text_parts))
