@@ -145,7 +145,7 @@ def test_resnet_pooled_with_one_query_is_open_clips(image_size: int) -> None:
 
 def test_resnet_and_named_architectures() -> None:
     clip = build_towers(towers(image={"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}))
-    assert encode_image(clip, torch.zeros(2, 3, 32, 32)).shape == (2, 24)
+    assert clip.visual(torch.zeros(2, 3, 32, 32)).shape == (2, 24)
     with pytest.raises(InputError, match=r"model\.name = 'ViT-Z'"):
         build_towers(towers(name="ViT-Z"))
     with pytest.raises(InputError, match="only open_clip's own text transformer"):
