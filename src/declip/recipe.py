@@ -6,22 +6,20 @@ overridden by its path (``schedule.epochs=20``), and an unknown name is answered
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from declip.errors import InputError
+from declip.terms import Contrastive, Probability, Section, Terms, TextView
 
-TextView = Literal["caption", "masked", "augmented"]
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+SELF_SUPERVISED = {"simsiam", "simclr"}
 
 
 def _as_list(value: object) -> object:
@@ -74,6 +72,9 @@ class Data(Section):
     label: str | None = Field(None, description="name of the label column (found by itself if not given)")
     key: str | None = Field(None, description="name of the key column (found by itself if not given)")
     images: ImageViews = Field(ImageViews(), description="how image views are made")
+    strong_images: ImageViews | None = Field(
+        None, description="image self-supervision gets two views of its own, made so (SLIP); not set: it shares the others"
+    )
     text: CaptionViews = Field(CaptionViews(), description="how text views are made")
     workers: int = Field(1, ge=0, description="loader processes; 0 loads in the training process")
     cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when all fit in this many GB")
@@ -108,74 +109,41 @@ class Model(Section):
     name: str | None = Field(
         None, description="an open_clip architecture (ViT-B-32, RN50, …) instead of the towers below"
     )
+    start: str | None = Field(
+        None, description="folder of a finished or converted model whose towers and heads the run starts from"
+    )
     embed_dim: int = Field(128, gt=0, description="width of the joint embedding")
     image: ImageTower = Field(ImageTower(), description="image tower, in the words of open_clip's vision_cfg")
     text: TextTower = Field(TextTower(), description="text tower, in the words of open_clip's text_cfg")
     quick_gelu: bool = Field(False, description="QuickGELU as in OpenAI's and the published DeCLIP weights")
     logit_scale_init: float = Field(2.6593, description="start of the logit scale, as a logarithm: ln(1/0.07)")
     logit_scale_range: tuple[float, float] = Field((0.0, 4.6052), description="the logit scale is kept in here")
+    logit_scale_cap: float | None = Field(
+        None, gt=0, description="largest factor in the loss while the logit scale itself may go higher (reference: 100)"
+    )
+    logit_bias_init: float | None = Field(
+        None, description="start of the logit bias that the sigmoid term needs (SigLIP: -10); not set: no bias"
+    )
     freeze_patch_embedding: bool = Field(False, description="keep a ViT's random patch projection (MoCo v3, reference)")
+    views_apart: bool = Field(
+        False, description="run the image tower once a view, so that batch norm sees one view at a time (reference)"
+    )
     patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of a ViT's patches left out in training (FLIP)")
 
 
-class Contrastive(Section):
-    """InfoNCE between every image view and every text view (CLIP; DeCLIP's multi-view supervision)."""
-
-    weight: float = Field(1.0, ge=0, description="weight in the loss")
-    images: Literal[1, 2] = Field(1, description="how many image views take part")
-    texts: list[TextView] = Field(["caption"], min_length=1, description="which text views take part")
-
-
-class SimSiam(Section):
-    """Image self-supervision: the two image views predict each other (SimSiam)."""
-
-    weight: float = Field(0.2, ge=0, description="weight in the loss")
-    width: int = Field(1024, gt=0, description="width of the projector")
-    bottleneck: int = Field(512, gt=0, description="width of the predictor's hidden layer")
-
-
-class MaskedLanguage(Section):
-    """Text self-supervision: predict the masked tokens of the masked text view."""
-
-    weight: float = Field(0.2, ge=0, description="weight in the loss")
-    vocabulary: Literal["all", "used"] = Field(
-        "all", description="tokens to choose from: the whole vocabulary, or those that the training captions use"
-    )
-
-
-class NearestNeighbour(Section):
-    """Each image also matches the text most like its own caption, among the latest texts in a queue."""
-
-    weight: float = Field(0.2, ge=0, description="weight in the loss")
-    images: Literal[1, 2] = Field(2, description="how many image views take part")
-    texts: list[TextView] = Field(["caption"], min_length=1, description="the text views whose neighbours are sought")
-    queue_size: int = Field(65536, gt=0, description="how many text embeddings the queue holds")
-    exclude_own: bool = Field(
-        True, description="a sample never finds itself or its own other captions (the reference does not exclude them)"
-    )
-    random_start: bool = Field(
-        False, description="fill the queue with random directions and search them at once, as the reference does"
-    )
-
-
-class Terms(Section):
-    contrastive: Contrastive | None = Field(None, description="image-text InfoNCE over views")
-    simsiam: SimSiam | None = Field(None, description="image self-supervision")
-    masked_language: MaskedLanguage | None = Field(None, description="text self-supervision")
-    nearest_neighbour: NearestNeighbour | None = Field(None, description="captions of similar pairs")
-
-    def active(self) -> dict[str, Section]:
-        """The terms that take part, by name; a weight of zero takes no part."""
-        found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: term for name, term in found.items() if term is not None and term.weight > 0}
-
-
 class Optimizer(Section):
+    kind: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    logit_scale_lr: float | None = Field(
+        None, ge=0, description="peak learning rate of the logit scale; 0 keeps it; not set: as all others"
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices")
-    decay_embeddings: bool = Field(False, description="also decay embeddings, as the reference does")
+    decay_embeddings: bool = Field(
+        False, description="also decay embeddings, class token and attention's input biases, as the reference does"
+    )
     clip_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 = never")
 
 
@@ -184,6 +152,13 @@ class Schedule(Section):
     pairs_seen: int | None = Field(None, gt=0, description="length of the run in pairs, instead of epochs")
     batch_size: int = Field(256, gt=1, description="pairs a step")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
+    start_lr: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="learning rate of the first step, as a share of the peak; the last step's is then exactly final_lr "
+        "(reference); not set: equal steps from zero",
+    )
     final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
 
 
@@ -207,26 +182,54 @@ class Recipe(Section):
 
     name: str = Field("custom", description="name of the recipe")
     about: str = Field("", description="what it is, in a line")
+    method: Literal["best", "paper", "reference"] = Field(
+        "best",
+        description="best: what measures best; paper: as the paper describes it; reference: the public code to the "
+        "letter. For a shipped recipe, method=... on the command line sets all their differences",
+    )
     seed: int = Field(0, ge=0, description="everything random derives from it")
     data: Data = Field(Data(), description="pairs and views")
     model: Model = Field(Model(), description="towers")
     terms: Terms = Field(Terms(contrastive=Contrastive()), description="the loss: a weighted sum of terms")
-    optimizer: Optimizer = Field(Optimizer(), description="AdamW")
+    optimizer: Optimizer = Field(Optimizer(), description="AdamW or SGD")
     schedule: Schedule = Field(Schedule(), description="how long, how fast")
     engine: Engine = Field(Engine(), description="device and precision")
     evaluation: Evaluation = Field(Evaluation(), description="held-out score during training")
 
     @model_validator(mode="after")
-    def _has_a_term(self) -> Recipe:
-        if not self.terms.active():
+    def _terms_fit(self) -> Recipe:
+        active = self.terms.active()
+        if not active:
             raise ValueError("the recipe has no term with a weight above zero: give it terms.contrastive")
+        if "sigmoid" in active and self.model.logit_bias_init is None:
+            raise ValueError("terms.sigmoid needs a bias: set model.logit_bias_init (SigLIP starts at -10)")
+        neighbour = self.terms.nearest_neighbour
+        if "nearest_neighbour" in active and neighbour and neighbour.enqueue:
+            unseen = [view for view in neighbour.enqueue if view not in self.text_views]
+            if unseen:
+                raise ValueError(
+                    f"terms.nearest_neighbour.enqueue asks for the text view {unseen[0]!r}, which no term makes"
+                )
         return self
+
+    @property
+    def pair_views(self) -> int:
+        """How many image views meet texts; the first ones."""
+        active = self.terms.active()
+        shared = bool(SELF_SUPERVISED & active.keys()) and self.data.strong_images is None
+        return max([2 if shared else 1, *(getattr(term, "images", 1) for term in active.values())])
+
+    @property
+    def self_views(self) -> tuple[int, int]:
+        """Which two image views image self-supervision takes."""
+        first = 0 if self.data.strong_images is None else self.pair_views
+        return first, first + 1
 
     @property
     def image_views(self) -> int:
         """How many image views the terms need."""
-        active = self.terms.active()
-        return 2 if "simsiam" in active else max([getattr(term, "images", 1) for term in active.values()])
+        own = bool(SELF_SUPERVISED & self.terms.active().keys()) and self.data.strong_images is not None
+        return self.pair_views + (2 if own else 0)
 
     @property
     def text_views(self) -> list[str]:
@@ -237,31 +240,93 @@ class Recipe(Section):
             wanted.add("masked")
         return [view for view in get_args(TextView) if view in wanted]
 
+    @property
+    def pads_captions(self) -> bool:
+        """Whether captions are padded to the full context: a term counts the padding, as the reference does."""
+        return "token_wise" in self.terms.active() and not getattr(self.terms.token_wise, "mask_padding", True)
+
+    @property
+    def similarity(self) -> Literal["embedding", "token_wise"]:
+        """How a trained model compares image and text: by embedding unless only the token-wise term trains it."""
+        active = self.terms.active()
+        by_embedding = {"contrastive", "sigmoid", "nearest_neighbour"} & active.keys()
+        return "token_wise" if "token_wise" in active and not by_embedding else "embedding"
+
 
 def shipped() -> list[str]:
-    """Names of the recipes that come with the package."""
-    folder = resources.files("declip") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    """Names of the recipes that come with the package: METHOD, METHOD-TOWERS, and single files."""
+    towers = [f"-{tower}" for size in ("small", "published") for tower in _names(size, "towers")]
+    return sorted([method + tower for method in _names("small", "") for tower in ("", *towers)] + _names("", ""))
 
 
 def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a shipped recipe by name or a TOML file by path, and apply ``path=value`` overrides.
 
+    Of the overrides, ``method=paper`` and ``method=reference`` come first: they set many fields.
     Raises InputError where there is no such recipe, the file is no TOML, a field is unknown or has a wrong type.
     """
     if str(name) in shipped():
-        text, where = (resources.files("declip") / "recipes" / f"{name}.toml").read_text("utf-8"), f"recipe {name}"
+        values, where = _shipped_values(str(name)), f"recipe {name}"
     elif Path(name).is_file():
-        text, where = _read(Path(name)), str(name)
+        values, where = _toml(_read(Path(name)), str(name)), str(name)
     else:
-        raise InputError(f"There is no recipe {str(name)!r}: give a TOML file or one of {', '.join(shipped())}.")
+        near = difflib.get_close_matches(str(name), shipped(), n=3, cutoff=0.0)
+        raise InputError(
+            f"There is no recipe {str(name)!r}: give a TOML file or a shipped one, for example {', '.join(near)} "
+            "(declip recipes lists all)."
+        )
+    presets = values.pop("presets", {})
+    changes: dict[str, Any] = {}
+    for override in overrides or []:
+        _override(changes, override)
+    method = changes.get("method")
+    if method in ("paper", "reference") and method != values.get("method"):
+        if method not in presets:
+            has = ", ".join(f"method={name}" for name in presets) or "none"
+            raise InputError(f"{where} has no preset method={method}: it has {has}.")
+        _merge(values, presets[method])
+    _merge(values, changes)
+    return parse_recipe(values, where)
+
+
+def _shipped_values(name: str) -> dict[str, Any]:
+    """The values of a shipped recipe, composed from the method's file and the towers' file."""
+    if name in _names("", ""):
+        return _toml(_file(f"{name}.toml").read_text("utf-8"), name)
+    method, _, tower = name.partition("-")
+    size = "published" if tower in _names("published", "towers") else "small"
+    values = _toml(_file(f"{size}/{method}.toml").read_text("utf-8"), name)
+    values["presets"] = _toml(_file(f"published/{method}.toml").read_text("utf-8"), name).get("presets", {})
+    if tower:
+        towers = _toml(_file(f"{size}/towers/{tower}.toml").read_text("utf-8"), name)
+        values["about"] = f"{values['about']}; {towers.pop('about')}"
+        _merge(values, towers)
+    return {**values, "name": name}
+
+
+def _names(size: str, folder: str) -> list[str]:
+    entries = _file("/".join(part for part in (size, folder) if part)).iterdir()
+    return sorted(entry.name.removesuffix(".toml") for entry in entries if entry.name.endswith(".toml"))
+
+
+def _file(path: str) -> Traversable:
+    return (resources.files("declip") / "recipes").joinpath(*path.split("/") if path else [])
+
+
+def _toml(text: str, where: str) -> dict[str, Any]:
     try:
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{where} is not valid TOML: {error}.") from None
-    for override in overrides or []:
-        _override(values, override)
-    return parse_recipe(values, where)
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put `changes` into nested `values`; None and values replace, sections are merged."""
+    for name, change in changes.items():
+        if isinstance(change, dict) and isinstance(values.get(name), dict):
+            _merge(values[name], change)
+        else:
+            values[name] = copy.deepcopy(change)
 
 
 def _read(path: Path) -> str:

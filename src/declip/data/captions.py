@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,36 @@ EOT = 49407
 MASK_ID = 49408  # one past open_clip's vocabulary
 NO_LABEL = -100  # cross_entropy's default ignore_index
 
+
+
+class SpecialTokens(NamedTuple):
+    """The ids around and besides the words of a caption.
+
+    start, end: what stands before and after a caption's own ids
+    vocabulary: random ids of the masked view are drawn below this
+    never: ids that are never hidden
+    """
+
+    start: tuple[int, ...] = (SOT,)
+    end: tuple[int, ...] = (EOT,)
+    pad: int = PAD
+    mask: int = MASK_ID
+    vocabulary: int = SOT
+    never: frozenset[int] = frozenset({SOT, EOT, MASK_ID})
+
+
+CLIP_TOKENS = SpecialTokens()
+
 # Tokens ------------------------------------------------------------------------------------------------------------
+
+
+class CaptionTokenizer(Protocol):
+    """Captions to ids, and the ids around them."""
+
+    @property
+    def special(self) -> SpecialTokens: ...
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 class Tokenizer:
@@ -38,6 +67,8 @@ class Tokenizer:
 
     Can be pickled, so that a loader may hand it to its workers.
     """
+
+    special = CLIP_TOKENS
 
     def __init__(self, cache_size: int = 2**16) -> None:
         """`cache_size`: of how many captions, and of how many words, the ids are kept."""
@@ -91,13 +122,13 @@ def _tokenizer_module() -> ModuleType:
     return module
 
 
-def tokenize(texts: Sequence[Sequence[int]], context_length: int) -> Tokens:
+def tokenize(texts: Sequence[Sequence[int]], context_length: int, special: SpecialTokens = CLIP_TOKENS) -> Tokens:
     """Ids of captions to ``[captions, longest]``: start, ids, end, then padding up to the longest caption only.
 
     A caption too long for `context_length` is cut, its end token stays. Raises InputError when not even start and end
     fit in.
     """
-    return _rows(_cut(texts, context_length), SOT, EOT, PAD)
+    return _rows(_cut(texts, context_length, special), special.start, special.end, special.pad)
 
 
 def tokenize_masked(
@@ -105,6 +136,7 @@ def tokenize_masked(
     context_length: int,
     share: float,
     rngs: np.random.Generator | Sequence[np.random.Generator],
+    special: SpecialTokens = CLIP_TOKENS,
 ) -> tuple[Tokens, Tokens]:
     """As `tokenize`, with tokens hidden by `mask_tokens` after cutting: (tokens, labels), both ``[captions, longest]``.
 
@@ -113,43 +145,51 @@ def tokenize_masked(
     """
     if isinstance(rngs, np.random.Generator):
         rngs = [rngs] * len(texts)
-    cut = _cut(texts, context_length)
-    masked = [mask_tokens(ids, rng, share) for ids, rng in zip(cut, rngs, strict=True)]
-    tokens = _rows([ids for ids, _ in masked], SOT, EOT, PAD)
-    return tokens, _rows([labels for _, labels in masked], NO_LABEL, NO_LABEL, NO_LABEL)
+    cut = _cut(texts, context_length, special)
+    masked = [mask_tokens(ids, rng, share, special) for ids, rng in zip(cut, rngs, strict=True)]
+    tokens = _rows([ids for ids, _ in masked], special.start, special.end, special.pad)
+    around = [tuple(NO_LABEL for _ in ids) for ids in (special.start, special.end)]
+    return tokens, _rows([labels for _, labels in masked], *around, NO_LABEL)
 
 
-def _cut(texts: Sequence[Sequence[int]], context_length: int) -> list[Sequence[int]]:
-    if context_length < 2:
-        raise InputError(f"context_length = {context_length} is too short: a start and an end token need 2 positions.")
-    return [ids[: context_length - 2] for ids in texts]
+def _cut(texts: Sequence[Sequence[int]], context_length: int, special: SpecialTokens) -> list[Sequence[int]]:
+    around = len(special.start) + len(special.end)
+    if context_length < around:
+        raise InputError(
+            f"context_length = {context_length} is too short: a start and an end token need {around} positions."
+        )
+    return [ids[: context_length - around] for ids in texts]
 
 
-def _rows(texts: Sequence[Sequence[int]], start: int, end: int, padding: int) -> Tokens:
-    longest = max((len(ids) for ids in texts), default=0) + 2
+def _rows(texts: Sequence[Sequence[int]], start: tuple[int, ...], end: tuple[int, ...], padding: int) -> Tokens:
+    around = len(start) + len(end)
+    longest = max((len(ids) for ids in texts), default=0) + around
     rows = np.full((len(texts), longest), padding, np.int64)
     for row, ids in zip(rows, texts, strict=True):
-        row[: len(ids) + 2] = [start, *ids, end]
+        row[: len(ids) + around] = [*start, *ids, *end]
     return rows
 
 
-def mask_tokens(ids: Sequence[int], rng: np.random.Generator, share: float) -> tuple[list[int], list[int]]:
+def mask_tokens(
+    ids: Sequence[int], rng: np.random.Generator, share: float, special: SpecialTokens = CLIP_TOKENS
+) -> tuple[list[int], list[int]]:
     """Hide a share of a caption's ids (without start and end token): (corrupted ids, labels).
 
-    Each id is chosen with probability `share`; of the chosen, 80 % become `MASK_ID`, 10 % a random id, 10 % stay (BERT,
-    Devlin et al. 2019, section 3.1). Labels hold the original id where one was chosen and -100 elsewhere.
+    Each id is chosen with probability `share`; of the chosen, 80 % become the mask token, 10 % a random id, 10 % stay
+    (BERT, Devlin et al. 2019, section 3.1). Labels hold the original id where one was chosen and -100 elsewhere.
     """
     corrupted, labels = list(ids), [NO_LABEL] * len(ids)
     for position, draw in enumerate(rng.random(len(ids)).tolist()):
         token = corrupted[position]
-        if draw >= share or token >= SOT:  # a caption may spell out "<end_of_text>"
+        if draw >= share or token in special.never:  # a caption may spell out "<end_of_text>"
             continue
         labels[position] = token
         if draw < 0.8 * share:
-            corrupted[position] = MASK_ID
+            corrupted[position] = special.mask
         elif draw < 0.9 * share:
             # Never a start, end or mask token. The reference draws those too; its random end token moves the pooling.
-            corrupted[position] = int(rng.integers(SOT))
+            drawn = int(rng.integers(special.vocabulary))
+            corrupted[position] = token if drawn in special.never else drawn
     return corrupted, labels
 
 

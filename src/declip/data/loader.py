@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from declip.data.batch import Batch
-from declip.data.captions import Tokenizer, augment, load_synonyms, tokenize, tokenize_masked
+from declip.data.captions import CaptionTokenizer, Tokenizer, augment, load_synonyms, tokenize, tokenize_masked
 from declip.data.images import decode_image, random_view
 from declip.data.order import Order
 from declip.data.sources import BrokenPair, Source
@@ -90,14 +90,27 @@ def _mean_decoded_bytes(source: Source, samples: int = 64) -> float:
 class BatchMaker(Dataset[Batch | InputError]):
     """Makes global batch number n, all views of it, from (seed, n) alone.
 
+    full_captions: pad every caption to the context length, not only to the batch's longest.
     Where no pair can be read it gives the InputError back: raised in a worker, it would come out as a traceback.
     """
 
-    def __init__(self, images: Images, recipe: Recipe, image_size: int, context_length: int) -> None:
+    def __init__(
+        self,
+        images: Images,
+        recipe: Recipe,
+        image_size: int,
+        context_length: int,
+        tokenizer: CaptionTokenizer | None = None,
+        full_captions: bool = False,
+    ) -> None:
         self.images, self.recipe, self.size, self.context_length = images, recipe, image_size, context_length
+        self.full_captions = full_captions
         self.order = Order(len(images.source), recipe.schedule.batch_size, recipe.seed)
-        self.tokenizer = Tokenizer()
-        self.image_views, self.text_views = recipe.image_views, recipe.text_views  # worked out once, not for each pair
+        self.tokenizer = tokenizer or Tokenizer()
+        self.text_views = recipe.text_views  # worked out once, not for each pair
+        strong = recipe.data.strong_images or recipe.data.images
+        self.image_views = [recipe.data.images] * recipe.pair_views
+        self.image_views += [strong] * (recipe.image_views - recipe.pair_views)
         self.synonyms = load_synonyms() if "augmented" in self.text_views else {}
 
     def __getitem__(self, number: int) -> Batch | InputError:
@@ -110,7 +123,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         """Batch `number`, all views of it."""
         recipe, rows, first = self.recipe, [], number * self.order.batch_size
         broken: list[tuple[int, str, str]] = []
-        images = np.empty((self.image_views, self.order.batch_size, self.size, self.size, 3), np.uint8)
+        images = np.empty((len(self.image_views), self.order.batch_size, self.size, self.size, 3), np.uint8)
         order = self.order.batch(number).tolist()
         taken = set(order)
         for row, wanted in enumerate(order):
@@ -118,8 +131,8 @@ class BatchMaker(Dataset[Batch | InputError]):
             taken.add(index)
             rows.append(index)
             rng = np.random.default_rng([recipe.seed, first + row, 0])
-            for view in range(self.image_views):
-                images[view, row] = random_view(image, self.size, recipe.data.images, rng)
+            for view, options in enumerate(self.image_views):
+                images[view, row] = random_view(image, self.size, options, rng)
         rngs = [np.random.default_rng([recipe.seed, first + row, 1]) for row in range(len(rows))]
         tokens, labels = self._texts(rows, rngs)
         return Batch(
@@ -154,7 +167,7 @@ class BatchMaker(Dataset[Batch | InputError]):
     def _texts(self, rows: list[int], rngs: list[np.random.Generator]) -> tuple[np.ndarray, np.ndarray | None]:
         """All text views: tokens int64 [text views, batch, longest] and the masked view's labels [batch, longest]."""
         views, labels = [], None
-        options = self.recipe.data.text
+        options, special = self.recipe.data.text, self.tokenizer.special
         drawn = [self._draw(index, rng) for index, rng in zip(rows, rngs, strict=True)]
         for number, view in enumerate(self.text_views):
             texts = [captions[number] for captions in drawn]
@@ -162,14 +175,15 @@ class BatchMaker(Dataset[Batch | InputError]):
                 texts = [augment(text, self.synonyms, options, rng) for text, rng in zip(texts, rngs, strict=True)]
             ids = [self.tokenizer.encode(text) for text in texts]
             if view == "masked":
-                tokens, labels = tokenize_masked(ids, self.context_length, options.mask, rngs)
+                tokens, labels = tokenize_masked(ids, self.context_length, options.mask, rngs, special)
             else:
-                tokens = tokenize(ids, self.context_length)
+                tokens = tokenize(ids, self.context_length, special)
             views.append(tokens)
-        longest = max(tokens.shape[1] for tokens in views)
+        longest = self.context_length if self.full_captions else max(tokens.shape[1] for tokens in views)
         if labels is not None:
             labels = np.pad(labels, ((0, 0), (0, longest - labels.shape[1])), constant_values=-100)
-        return np.stack([np.pad(t, ((0, 0), (0, longest - t.shape[1]))) for t in views]), labels
+        padded = [np.pad(t, ((0, 0), (0, longest - t.shape[1])), constant_values=special.pad) for t in views]
+        return np.stack(padded), labels
 
     def _draw(self, index: int, rng: np.random.Generator) -> list[str]:
         """One caption for each text view."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from declip.model.token_similarity import similarity
+
 RECALL_AT = (1, 5, 10)
 
 # Two scores this near are a tie: it is what rounding does to a float32 dot product of unit vectors, so without it
@@ -27,7 +29,8 @@ def retrieval_metrics(
     the model: a wrong item with the same score stands above the right one, and so does one whose score is NaN.
 
     Args:
-        image_embeddings: float32 ``[images, width]``, normalised.
+        image_embeddings: float32 ``[images, width]``, normalised; of a model that compares tokens, both are
+            ``[n, tokens, width]``, and each direction has its own similarity.
         text_embeddings: float32 ``[texts, width]``, normalised.
         image_of_text: int64 ``[texts]``, the row of each text's image.
         chunk: queries scored at once; by default as many as keep the score matrix below 64 MB.
@@ -59,6 +62,11 @@ def chunks(rows: int, columns: int, chunk: int | None = None) -> Iterator[slice]
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
+def _compared(items: Tensor) -> int:
+    """How many things a query is compared with: embeddings, or all tokens."""
+    return items.shape[0] * (items.shape[1] if items.ndim == 3 else 1)
+
+
 def not_below(scores: Tensor, right: Tensor) -> Tensor:
     """Which scores ``[n, m]`` do not lie clearly below the right item's ``[n, 1]``; NaN never does."""
     return ~(scores < right - TIE)
@@ -67,8 +75,8 @@ def not_below(scores: Tensor, right: Tensor) -> Tensor:
 def _ranks_of_images(images: Tensor, texts: Tensor, image_of_text: Tensor, chunk: int | None) -> Tensor:
     """For each text, how many wrong images stand above its own: int64 ``[texts]``."""
     ranks = []
-    for rows in chunks(len(texts), len(images), chunk):
-        scores = texts[rows] @ images.T
+    for rows in chunks(len(texts), _compared(images), chunk):
+        scores = similarity(texts[rows], images)
         right = scores.gather(1, image_of_text[rows, None])
         ranks.append(not_below(scores, right).sum(1) - 1)  # minus the right image itself
     return torch.cat(ranks)
@@ -78,8 +86,8 @@ def _ranks_of_texts(images: Tensor, texts: Tensor, image_of_text: Tensor, chunk:
     """For each image with a caption, how many wrong texts stand above the best of its own: int64 ``[queries]``."""
     queries = torch.unique(image_of_text)
     ranks = []
-    for rows in chunks(len(queries), len(texts), chunk):
-        scores = images[queries[rows]] @ texts.T
+    for rows in chunks(len(queries), _compared(texts), chunk):
+        scores = similarity(images[queries[rows]], texts)
         own = queries[rows, None] == image_of_text
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
         ranks.append((not_below(scores, best) & ~own).sum(1))

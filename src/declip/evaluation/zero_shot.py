@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from declip.evaluation.retrieval import chunks, not_below, percent_within
+from declip.model.token_similarity import similarity
 
 
 def zero_shot_metrics(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent; with fewer than five classes top-5 is top-all, hence 100.
 
     Args:
-        image_embeddings: float32 ``[images, width]``, normalised.
+        image_embeddings: float32 ``[images, width]``, normalised; of a model that compares tokens, both are
+            ``[n, tokens, width]``, compared from image to class (as in the public FILIP).
         class_embeddings: float32 ``[classes, width]``, normalised.
         labels: int64 ``[images]``, the row of each image's class.
 
@@ -26,7 +28,7 @@ def zero_shot_metrics(image_embeddings: Tensor, class_embeddings: Tensor, labels
         raise ValueError(f"a label points outside the {classes} classes")
     ranks = []
     for rows in chunks(len(labels), classes):
-        scores = image_embeddings[rows] @ class_embeddings.T
+        scores = similarity(image_embeddings[rows], class_embeddings)
         right = scores.gather(1, labels[rows, None])
         ranks.append(not_below(scores, right).sum(1) - 1)
     rank = torch.cat(ranks)

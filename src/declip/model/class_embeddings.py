@@ -23,6 +23,8 @@ class TextEncoder(Protocol):
 def class_embeddings(model: TextEncoder, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
     """One normalised float32 vector a class: encode every prompt, normalise, average, normalise: ``[classes, width]``.
 
+    Of a model that compares tokens, prompts are averaged position by position and a class is normalised as a whole (as
+    in the public FILIP): ``[classes, tokens, width]``.
     Templates are sentences with ``{}`` for the class name, or the names of sets; by default OpenAI's 80.
     Raises InputError where a template has no ``{}``.
     """
@@ -33,5 +35,6 @@ def class_embeddings(model: TextEncoder, class_names: Sequence[str], templates: 
         names = class_names[start : start + step]
         prompts = [fill(template, name) for name in names for template in templates]
         embeddings = functional.normalize(torch.as_tensor(model.encode_text(prompts)).float().cpu(), dim=-1)
-        means.append(embeddings.view(len(names), len(templates), -1).mean(1))
-    return functional.normalize(torch.cat(means), dim=-1)
+        means.append(embeddings.unflatten(0, (len(names), len(templates))).mean(1))
+    whole = torch.cat(means)
+    return functional.normalize(whole.flatten(1), dim=-1).view_as(whole)

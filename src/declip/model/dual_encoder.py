@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Batch
-from declip.model.towers import build_towers, encode_image, encode_text
+from declip.errors import InputError
+from declip.model.image_tower import EncodedImages, encode_image, image_widths
+from declip.model.text_tower import encode_text, needs_full_captions, text_facts
+from declip.model.tokenizer import build_tokenizer
+from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config
 from declip.recipe import Recipe
 
 # open_clip's own mean and standard deviation, so that a finished run opens there with the same preprocessing.
@@ -25,14 +29,22 @@ class Features:
 
     image: [image views, batch, dim], not normalised
     text: by text view [batch, dim], not normalised
-    masked_tokens: [batch, tokens, width], the text tower's final tokens of the masked view; None when no term asks
     logit_scale: scalar, the factor on cosine similarities (already exponentiated)
+    logit_bias: scalar, what the sigmoid term adds to them
+    pooled_image: [image views, batch, width], before the projection to the joint space; None when no term asks
+    image_tokens: [image views, batch, tokens, width]; None when no term asks
+    text_tokens: by text view [batch, tokens, width], for the views that some term asks for
+    text_mask: by text view bool [batch, tokens], false where a caption is padded, for the same views
     """
 
     image: Tensor
     text: dict[str, Tensor]
-    masked_tokens: Tensor | None
     logit_scale: Tensor
+    logit_bias: Tensor | None = None
+    pooled_image: Tensor | None = None
+    image_tokens: Tensor | None = None
+    text_tokens: dict[str, Tensor] = field(default_factory=dict)
+    text_mask: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def unit_image(self) -> Tensor:
@@ -58,13 +70,36 @@ class DualEncoder(nn.Module):
         self.clip = build_towers(recipe.model)
         size = self.clip.visual.image_size
         self.image_size: int = size[0] if isinstance(size, tuple) else size
-        self.context_length: int = self.clip.context_length
-        self.logit_scale_range = recipe.model.logit_scale_range
-        self.needs_tokens = "masked_language" in recipe.terms.active()
-        width = self.clip.token_embedding.embedding_dim
-        self.mask_embedding = nn.Parameter(torch.randn(width) * 0.02) if "masked" in recipe.text_views else None
+        text_cfg = model_config(recipe.model)["text_cfg"]
+        self.context_length: int = text_cfg.get("context_length", CONTEXT_LENGTH)
+        self.text = text_facts(self.clip)
+        self.tokenizer = build_tokenizer(text_cfg, self.text.vocabulary)
+        self.logit_scale_range, self.logit_scale_cap = recipe.model.logit_scale_range, recipe.model.logit_scale_cap
+        self.views_apart = recipe.model.views_apart
+        self.whole_captions = recipe.pads_captions
+        self.full_captions = recipe.pads_captions or needs_full_captions(self.clip)
+        self._read_terms(recipe)
+        masked = "masked" in recipe.text_views
+        if masked and self.text.own_mask and self.tokenizer.special.mask >= self.text.vocabulary:
+            raise InputError("model.text: this tower's tokenizer has no mask token, which the masked text view needs.")
+        own = masked and not self.text.own_mask
+        self.mask_embedding = nn.Parameter(torch.randn(self.text.width) * 0.02) if own else None
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
+
+    def _read_terms(self, recipe: Recipe) -> None:
+        """What the recipe's terms ask for beyond embeddings; raises InputError where a tower cannot give it."""
+        terms = recipe.terms.active()
+        self.token_views: set[str] = {"masked"} if "masked_language" in terms else set()
+        self.wants_pooled, self.wants_image_tokens = "simclr" in terms, "token_wise" in terms
+        if recipe.terms.token_wise and self.wants_image_tokens:
+            self.token_views |= set(recipe.terms.token_wise.texts)
+        self.dim, pooled, tokens = image_widths(self.clip)
+        if self.wants_pooled and pooled is None:
+            raise InputError("terms.simclr: this image tower gives no feature before its projection.")
+        if self.wants_image_tokens and tokens is None:
+            raise InputError("terms.token_wise: this image tower gives no tokens, one for each place of the image.")
+        self.pooled_width, self.image_token_width = pooled or 0, tokens or 0
 
     def pixels(self, images: Tensor) -> Tensor:
         """uint8 [batch, height, width, 3] -> normalised float [batch, 3, height, width], channels last in memory.
@@ -75,21 +110,33 @@ class DualEncoder(nn.Module):
         return images if images.is_floating_point() else (images.float() - self.mean) / self.std
 
     def forward(self, batch: Batch) -> Features:
-        views, size = batch.images.shape[:2]
-        image = encode_image(self.clip, self.pixels(batch.images.flatten(0, 1)))
-        image = torch.unflatten(image, 0, (views, size))
-        text, tokens = encode_text(self.clip, batch.tokens.flatten(0, 1), self.mask_embedding)
-        text = torch.unflatten(text, 0, (len(batch.text_views), size))
-        masked_tokens = None
-        if self.needs_tokens:
-            by_view = torch.unflatten(tokens, 0, (len(batch.text_views), size))
-            masked_tokens = by_view[batch.text_views.index("masked")]
+        image = self._encode_views(batch.images)
+        views, size = len(batch.text_views), batch.sample_ids.shape[0]
+        text = encode_text(self.clip, batch.tokens.flatten(0, 1), self.mask_embedding, self.whole_captions)
+        by_view = zip(batch.text_views, torch.unflatten(text.tokens, 0, (views, size)), batch.tokens, strict=True)
+        wanted = [(view, tokens, ids) for view, tokens, ids in by_view if view in self.token_views]
+        scale = self.clip.logit_scale.exp()
+        if self.logit_scale_cap is not None:
+            # The value is capped, the gradient is that of the exponential, as in the reference.
+            scale = scale + (scale.clamp(max=self.logit_scale_cap) - scale).detach()
         return Features(
-            image=image.float(),  # the terms run outside of autocast, in float32
-            text=dict(zip(batch.text_views, text.float(), strict=True)),
-            masked_tokens=None if masked_tokens is None else masked_tokens.float(),
-            logit_scale=self.clip.logit_scale.exp(),
+            image=image.embedding.float(),  # the terms run outside of autocast, in float32
+            text=dict(zip(batch.text_views, torch.unflatten(text.embedding, 0, (views, size)).float(), strict=True)),
+            logit_scale=scale,
+            logit_bias=self.clip.logit_bias,
+            pooled_image=image.pooled.float() if self.wants_pooled and image.pooled is not None else None,
+            image_tokens=image.tokens.float() if self.wants_image_tokens and image.tokens is not None else None,
+            text_tokens={view: tokens.float() for view, tokens, _ in wanted},
+            text_mask={view: ids != self.tokenizer.special.pad for view, _, ids in wanted},
         )
+
+    def _encode_views(self, images: Tensor) -> EncodedImages:
+        """uint8 [image views, batch, height, width, 3]; every output gets the two leading dimensions."""
+        if self.views_apart:
+            apart = [encode_image(self.clip, self.pixels(view)) for view in images]
+            return EncodedImages(*(None if x[0] is None else torch.stack(x) for x in zip(*apart, strict=True)))  # type: ignore[arg-type]
+        together = encode_image(self.clip, self.pixels(images.flatten(0, 1)))
+        return EncodedImages(*(None if x is None else torch.unflatten(x, 0, images.shape[:2]) for x in together))  # type: ignore[arg-type]
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

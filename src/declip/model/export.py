@@ -1,22 +1,86 @@
-"""A finished run as an open_clip folder."""
+"""A finished model as an open_clip folder, with the heads of its terms beside it."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from declip.errors import InputError
+from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import MEAN, STD
 from declip.model.towers import model_config
-from declip.recipe import Model
+from declip.recipe import Recipe
 
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+CONFIG, WEIGHTS, HEADS = "open_clip_config.json", "open_clip_model.safetensors", "declip_heads.safetensors"
 
 
-def open_clip_config(model: Model) -> str:
-    """The text of open_clip_config.json: the towers and the preprocessing that goes with the weights."""
-    preprocessing = {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "shortest"}
-    return json.dumps({"model_cfg": model_config(model), "preprocess_cfg": preprocessing}, indent=2)
+@dataclass
+class FinishedModel:
+    """What an open_clip folder holds, in memory.
+
+    config: open_clip_config.json: `model_cfg`, `preprocess_cfg`, and `declip`, which open_clip does not read:
+        `similarity` ("embedding" or "token_wise"), `mask_padding`, `resize` (pixels of the shorter side before the
+        central square is cut out), `towers` ("image" where there is no text tower)
+    weights: the towers, by open_clip's names
+    heads: the terms' own modules, by term (`simsiam.projector.linear1.weight`), and `mask_embedding`
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    heads: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"similarity": "embedding", "mask_padding": True, "towers": "both", **self.config.get("declip", {})}
+
+    def write(self, folder: Path) -> None:
+        """Write the folder's files, the description last: without it the folder is no model."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(folder / WEIGHTS, self.weights)
+        if self.heads:
+            save_weights(folder / HEADS, self.heads)
+        write_config(folder, self.config)
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    text = json.dumps(config, indent=2)
+    write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def open_clip_config(recipe: Recipe) -> dict[str, Any]:
+    """What open_clip_config.json says of a trained recipe: towers, preprocessing, and how image and text compare."""
+    config: dict[str, Any] = {
+        "model_cfg": model_config(recipe.model),
+        "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "shortest"},
+    }
+    if recipe.similarity == "token_wise":
+        config["declip"] = {"similarity": "token_wise", "mask_padding": not recipe.pads_captions}
+    return config
 
 
 def is_open_clip_folder(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def read_open_clip_folder(folder: Path) -> FinishedModel:
+    """Read what `FinishedModel.write` or open_clip wrote; raises InputError where a file is damaged."""
+    config = json.loads((folder / CONFIG).read_text("utf-8")) if (folder / CONFIG).is_file() else {}
+    if "model_cfg" not in config:
+        raise InputError(f"{folder / CONFIG} describes no model: it has no model_cfg.")
+    heads = read_weights(folder / HEADS) if (folder / HEADS).is_file() else {}
+    return FinishedModel(config, read_weights(folder / WEIGHTS), heads)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises InputError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None

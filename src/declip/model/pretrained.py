@@ -1,4 +1,4 @@
-"""Models to use: a run folder, an open_clip name, an open_clip folder."""
+"""Models to use: a run folder, an open_clip name or folder, a Hugging Face folder, a released DeCLIP file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 from declip.errors import InputError
 from declip.model.class_embeddings import class_embeddings
-from declip.model.export import is_open_clip_folder
-from declip.model.towers import encode_text, trim
+from declip.model.embed import TokenWise, embed_images, embed_texts
+from declip.model.export import FinishedModel, is_open_clip_folder, read_open_clip_folder
+from declip.model.heads import TokenMappings
+from declip.model.huggingface import is_huggingface_folder, read_huggingface
+from declip.model.released import read_released
+from declip.model.token_similarity import similarity
+from declip.model.towers import build_from_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,38 +30,116 @@ if TYPE_CHECKING:
     Picture = Image | str | os.PathLike[str] | np.ndarray
 
 
-def load(model: str | os.PathLike[str], device: str = "cpu") -> LoadedModel:
-    """Open a model for use: a run folder, `local-dir:FOLDER`, or an open_clip `name:pretrained` tag.
+def load(
+    model: str | os.PathLike[str], device: str = "cpu", image_heads: int | None = None, text_heads: int | None = None
+) -> LoadedModel:
+    """Open a model for use.
 
+    model: a run folder, `local-dir:FOLDER` (open_clip's or a Hugging Face CLIPModel's or SiglipModel's), an open_clip
+        `name:pretrained` tag, or a released DeCLIP, SLIP, FILIP, DeFILIP or CLIP file (`.pth.tar`).
+    image_heads, text_heads: attention heads of a released file's towers, where not width / 64.
     Raises InputError where there is no such model.
     """
-    import open_clip
-    from safetensors import SafetensorError
-
     spec = os.fspath(model)
-    folder = Path(spec.removeprefix("local-dir:"))
+    finished = read_model(spec, image_heads, text_heads)
     try:
-        if folder.is_dir():
-            if not is_open_clip_folder(folder):
-                raise InputError(f"{folder} holds no finished model: train one there first (declip train … --out).")
-            clip, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        else:
-            name, _, tag = spec.partition(":")
-            if open_clip.get_model_config(name) is None or not tag:
-                raise InputError(f"There is no model {spec!r}: give a run folder or an open_clip name:pretrained.")
-            clip, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=tag)
-            tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"The model {spec!r} cannot be opened: {str(error).splitlines()[0]}.") from None
-    return LoadedModel(spec, clip.to(device).eval(), preprocess, tokenizer)
+        return _open(spec, finished, device)
+    except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
+        raise InputError(f"The model {spec!r} cannot be opened: {str(error).splitlines()[0].rstrip('.:')}.") from None
+
+
+def read_model(spec: str, image_heads: int | None = None, text_heads: int | None = None) -> FinishedModel:
+    """Description and tensors of a model, whatever its format; see `load`."""
+    path = Path(spec.removeprefix("local-dir:"))
+    if path.is_dir():
+        if is_open_clip_folder(path):
+            return read_open_clip_folder(path)
+        if is_huggingface_folder(path):
+            return FinishedModel(*read_huggingface(path))
+        raise InputError(f"{path} holds no finished model: train one there first (declip train … --out).")
+    if path.is_file():
+        return read_released(path, image_heads, text_heads)
+    return _read_named(spec)
+
+
+def _read_named(spec: str) -> FinishedModel:
+    """An open_clip name:pretrained, which may download."""
+    import open_clip
+
+    name, _, tag = spec.partition(":")
+    config = open_clip.get_model_config(name)
+    if config is None or not tag:
+        raise InputError(
+            f"There is no model {spec!r}: give a run folder, a released file or an open_clip name:pretrained."
+        )
+    try:
+        clip = open_clip.create_model(name, pretrained=tag)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(f"The model {spec!r} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from None
+    if "-quickgelu" in name or getattr(open_clip.get_pretrained_cfg(name, tag), "quick_gelu", False):
+        config["quick_gelu"] = True
+    preprocessing = {key: value for key, value in clip.visual.preprocess_cfg.items() if key != "size"}
+    return FinishedModel({"model_cfg": config, "preprocess_cfg": preprocessing}, clip.state_dict())
+
+
+def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    options, config = finished.options, dict(finished.config["model_cfg"])
+    image_only = options["towers"] == "image"
+    # A tower of text that is not there still has to be described.
+    text_cfg = {"layers": 1, "width": 64, "heads": 1} if image_only else {**config["text_cfg"]}
+    if "hf_model_name" in text_cfg:
+        text_cfg["hf_model_pretrained"] = False  # the weights are at hand
+    clip = build_from_config({**config, "text_cfg": text_cfg})
+    left = clip.load_state_dict(finished.weights, strict=not image_only)
+    if image_only and (left.unexpected_keys or any(key.startswith("visual.") for key in left.missing_keys)):
+        raise RuntimeError("the image tower's tensors are not those that its description asks for")
+    preprocessing = {**finished.config.get("preprocess_cfg", {}), "size": clip.visual.image_size}
+    preprocess = image_transform_v2(PreprocessCfg(**preprocessing), is_train=False)
+    if "resize" in options:
+        preprocess.transforms[0].size = options["resize"]
+    tokenizer = None if image_only else _tokenizer(text_cfg)
+    token_wise = None
+    if options["similarity"] == "token_wise":
+        token_wise = TokenWise(_token_mappings(finished.heads).to(device).eval(), options["mask_padding"])
+    return LoadedModel(name, clip.to(device).eval(), preprocess, tokenizer, token_wise)
+
+
+def _token_mappings(heads: dict[str, Tensor]) -> TokenMappings:
+    prefix = "token_wise.mappings."
+    state = {key.removeprefix(prefix): tensor for key, tensor in heads.items() if key.startswith(prefix)}
+    if state.keys() != set(TokenMappings(1, 1, 1).state_dict()):
+        raise ValueError("it compares tokens, but its token mappings are not there")
+    (dim, image_width), text_width = state["image_mapping.weight"].shape, state["text_mapping.weight"].shape[1]
+    mappings = TokenMappings(image_width, text_width, dim)
+    mappings.load_state_dict(state)
+    return mappings
+
+
+def _tokenizer(text_cfg: dict[str, Any]) -> Any:
+    """open_clip's tokenizer for a text_cfg: texts to int64 [texts, context length]."""
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+
+    length = text_cfg.get("context_length", 77)
+    name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
+    if name:
+        return HFTokenizer(name, context_length=length, **(text_cfg.get("tokenizer_kwargs") or {}))
+    return SimpleTokenizer(context_length=length)
 
 
 class LoadedModel:
-    """An open_clip model with its preprocessing and tokenizer, ready to embed and to classify."""
+    """An open_clip model with its preprocessing and tokenizer, ready to embed and to classify.
 
-    def __init__(self, name: str, clip: nn.Module, preprocess: Any, tokenizer: Any) -> None:
+    Most models compare embeddings. One that compares tokens (FILIP) has `token_wise`, and what it embeds has a
+    dimension more; `similarity` knows both.
+    """
+
+    def __init__(
+        self, name: str, clip: nn.Module, preprocess: Any, tokenizer: Any, token_wise: TokenWise | None = None
+    ) -> None:
         self.name, self.clip, self.preprocess, self.tokenizer = name, clip, preprocess, tokenizer
+        self.token_wise = token_wise
 
     @property
     def device(self) -> torch.device:
@@ -64,18 +147,30 @@ class LoadedModel:
 
     @torch.no_grad()
     def encode_image(self, images: Iterable[Picture] | Picture, batch_size: int = 256) -> Tensor:
-        """Embeddings of images (PIL, paths, uint8 [height, width, 3]), normalised: float32 [images, dim] on the CPU."""
+        """Embeddings of images (PIL, paths, uint8 [height, width, 3]), normalised, on the CPU.
+
+        float32 [images, dim], or [images, tokens, dim] of a model that compares tokens.
+        """
         embeddings = [
-            self._normalised(self.clip.encode_image(torch.stack(part).to(self.device)))  # type: ignore[operator]
-            for part in _batches((self.preprocess(_open(image)) for image in _many(images)), batch_size)
+            embed_images(self.clip, torch.stack(part).to(self.device), self.token_wise).cpu()
+            for part in _batches((self.preprocess(_open_image(image)) for image in _many(images)), batch_size)
         ]
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
     @torch.no_grad()
     def encode_text(self, texts: Iterable[str] | str, batch_size: int = 1024) -> Tensor:
-        """Embeddings of texts, normalised: float32 [texts, dim] on the CPU."""
+        """Embeddings of texts, normalised, on the CPU: float32 [texts, dim], or [texts, context length, dim].
+
+        Raises InputError where the model has no text tower.
+        """
+        if self.tokenizer is None:
+            raise InputError(f"{self.name} holds an image tower alone: it cannot embed texts.")
         texts = [texts] if isinstance(texts, str) else texts
-        embeddings = [self._normalised(self._text(part)) for part in _batches(iter(texts), batch_size)]
+        pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None) or 0
+        embeddings = [
+            embed_texts(self.clip, self.tokenizer(part).to(self.device), pad, self.token_wise).cpu()
+            for part in _batches(iter(texts), batch_size)
+        ]
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
     @torch.no_grad()
@@ -88,19 +183,9 @@ class LoadedModel:
             return []
         classes = class_embeddings(self, labels, templates)
         scale = self.clip.logit_scale.exp().cpu()  # type: ignore[operator]
-        probabilities = (scale * embeddings @ classes.T).softmax(dim=-1)
+        probabilities = (scale * similarity(embeddings, classes)).softmax(dim=-1)
         rows = (dict(zip(labels, row, strict=True)) for row in probabilities.tolist())
         return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]
-
-    def _text(self, texts: list[str]) -> Tensor:
-        tokens = self.tokenizer(texts).to(self.device)
-        if hasattr(self.clip, "token_embedding") and getattr(self.clip, "text_pool_type", "") == "argmax":
-            return encode_text(self.clip, trim(tokens))[0]
-        return self.clip.encode_text(tokens)  # type: ignore[operator, no-any-return]
-
-    @staticmethod
-    def _normalised(embeddings: Tensor) -> Tensor:
-        return F.normalize(embeddings.float(), dim=-1).cpu()
 
 
 def _many(images: Any) -> Iterable[Any]:
@@ -108,7 +193,7 @@ def _many(images: Any) -> Iterable[Any]:
     return [images] if single else images
 
 
-def _open(image: Any) -> Image:
+def _open_image(image: Any) -> Image:
     from PIL import Image
 
     from declip.data.images import as_rgb, decode_image

@@ -33,10 +33,10 @@ class MaskedLanguage(nn.Module):
         self.register_buffer("index", index)
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
-        if features.masked_tokens is None or batch.labels is None:
+        if "masked" not in features.text_tokens or batch.labels is None:
             raise ValueError("masked language modelling needs the masked text view and its tokens")
         hidden = batch.labels != -100
-        logits = self.head(features.masked_tokens[hidden]).float()
+        logits = self.head(features.text_tokens["masked"][hidden]).float()
         labels = batch.labels[hidden] if self.index is None else self.index[batch.labels[hidden]]
         total = F.cross_entropy(logits, labels, reduction="sum")
         return total / hidden.sum().clamp(min=1)

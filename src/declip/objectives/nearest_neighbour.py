@@ -22,6 +22,7 @@ class NearestNeighbour(nn.Module):
     searched once for all text views, and the batch is entered after the search, the last text view first. As in the
     reference, what would pass the end of the ring is dropped and the pointer goes back to the start.
 
+    enqueue: the text views that enter the ring, where not those whose neighbours are sought
     exclude_own: entries of the same sample are no neighbours, and a neighbour that belongs to the image's own sample,
         or is its own positive again, is no negative. Small sets are full of both; the reference excludes neither.
     random_start: the ring starts full of random directions, as in the reference; otherwise the term is 0 until there
@@ -40,8 +41,10 @@ class NearestNeighbour(nn.Module):
         texts: Sequence[str],
         exclude_own: bool = True,
         random_start: bool = False,
+        enqueue: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
+        self.enqueue = tuple(texts if enqueue is None else enqueue)
         self.images, self.texts, self.exclude_own = images, tuple(texts), exclude_own
         start = F.normalize(torch.randn(queue_size, dim), dim=-1) if random_start else torch.zeros(queue_size, dim)
         self.register_buffer("queue", start)
@@ -54,7 +57,7 @@ class NearestNeighbour(nn.Module):
         rows, found = self._search(texts.flatten(0, 1), batch.sample_ids.repeat(len(self.texts)))
         loss = self._loss(features, batch, rows, found) if found.any() else features.image.new_zeros(())
         if self.training:
-            for view in reversed(texts):
+            for view in reversed(features.unit_texts(self.enqueue).detach()):
                 self._enqueue(view, batch.sample_ids)
         return loss
 

@@ -6,18 +6,28 @@ from torch import Tensor, nn
 
 from declip.data.batch import Batch
 from declip.model.dual_encoder import DualEncoder, Features
+from declip.model.heads import TokenMappings
 from declip.objectives.contrastive import Contrastive
 from declip.objectives.masked_language import MaskedLanguage
 from declip.objectives.nearest_neighbour import NearestNeighbour
+from declip.objectives.sigmoid import Sigmoid
+from declip.objectives.simclr import SimCLR
 from declip.objectives.simsiam import SimSiam
+from declip.objectives.token_wise import TokenWise
 from declip.recipe import Recipe
 
 
 class Objective(nn.Module):
-    """Every term by name, and their weighted sum."""
+    """Every term by name, and their weighted sum.
+
+    Raises ValueError where a weight has no term or a term no weight.
+    """
 
     def __init__(self, terms: dict[str, nn.Module], weights: dict[str, float]) -> None:
         super().__init__()
+        if odd := sorted(terms.keys() ^ weights.keys()):
+            what = "weight but no term" if odd[0] in weights else "term but no weight"
+            raise ValueError(f"{odd[0]!r} has a {what}: terms are {', '.join(terms) or 'none'}")
         self.terms = nn.ModuleDict(terms)
         self.weights = dict(weights)
 
@@ -27,6 +37,12 @@ class Objective(nn.Module):
         total = sum((self.weights[name] * value for name, value in values.items()), features.logit_scale.new_zeros(()))
         return total, values
 
+    def clamp_logit_scale(self) -> None:
+        """Keep logit scales of the terms' own in their ranges; called after each optimizer step."""
+        for term in self.terms.values():
+            if isinstance(term, TokenWise):
+                term.clamp_logit_scale()
+
 
 def build_objective(recipe: Recipe, model: DualEncoder, used_tokens: Tensor | None = None) -> Objective:
     """The terms that a recipe asks for, with heads that fit the model's towers.
@@ -34,25 +50,32 @@ def build_objective(recipe: Recipe, model: DualEncoder, used_tokens: Tensor | No
     used_tokens: int64 [used], the token ids of the training captions, for a masked language term that chooses among
     them alone.
     """
-    asked = recipe.terms
-    projection = model.clip.text_projection
-    dim = projection.out_features if isinstance(projection, nn.Linear) else projection.shape[-1]
-    width, vocabulary = model.clip.token_embedding.embedding_dim, model.clip.vocab_size
-    terms: dict[str, nn.Module] = {}
-    if asked.contrastive:
-        terms["contrastive"] = Contrastive(asked.contrastive.images, asked.contrastive.texts)
-    if asked.simsiam:
-        terms["simsiam"] = SimSiam(dim, asked.simsiam.width, asked.simsiam.bottleneck)
-    if asked.masked_language:
-        used = used_tokens if asked.masked_language.vocabulary == "used" else None
-        terms["masked_language"] = MaskedLanguage(width, vocabulary + 1, used)  # the mask token has a row too
-    if asked.nearest_neighbour:
-        neighbour = asked.nearest_neighbour
-        terms["nearest_neighbour"] = NearestNeighbour(
-            dim, neighbour.queue_size, neighbour.images, neighbour.texts, neighbour.exclude_own, neighbour.random_start
-        )
     active = recipe.terms.active()
-    return Objective(
-        {name: term for name, term in terms.items() if name in active},
-        {name: term.weight for name, term in active.items()},  # type: ignore[attr-defined]
-    )
+    modules = {name: _build_term(name, recipe, model, used_tokens) for name in active}
+    return Objective(modules, {name: term.weight for name, term in active.items()})  # type: ignore[attr-defined]
+
+
+def _build_term(name: str, recipe: Recipe, model: DualEncoder, used_tokens: Tensor | None) -> nn.Module:
+    options = getattr(recipe.terms, name)
+    match name:
+        case "contrastive":
+            return Contrastive(options.images, options.texts, options.multi_view)
+        case "sigmoid":
+            return Sigmoid(options.images, options.texts)
+        case "token_wise":
+            mappings = TokenMappings(model.image_token_width, model.text.width, options.dim)
+            scale = options.logit_scale_init, options.logit_scale_range
+            return TokenWise(mappings, options.images, options.texts, options.top_k, options.mask_padding, *scale)
+        case "simsiam":
+            return SimSiam(model.dim, options.width, options.bottleneck, recipe.self_views)
+        case "simclr":
+            head = model.pooled_width, options.width, options.dim
+            return SimCLR(*head, options.temperature, recipe.self_views)
+        case "masked_language":
+            # A mask token of our own has a row too: it stands behind the vocabulary.
+            vocabulary = model.text.vocabulary + (not model.text.own_mask)
+            return MaskedLanguage(model.text.width, vocabulary, used_tokens if options.vocabulary == "used" else None)
+        case "nearest_neighbour":
+            queue = options.queue_size, options.images, options.texts
+            return NearestNeighbour(model.dim, *queue, options.exclude_own, options.random_start, options.enqueue)
+    raise ValueError(f"there is no term {name!r}")

@@ -19,14 +19,17 @@ class SimSiam(nn.Module):
     """Each view's prediction against the other view's projection: 1/2 [D(p1, z2) + D(p2, z1)].
 
     Works on the joint-space embeddings before they are normalised. Batch norm sees one view at a time.
+
+    views: which two image views
     """
 
-    def __init__(self, dim: int, width: int, bottleneck: int) -> None:
+    def __init__(self, dim: int, width: int, bottleneck: int, views: tuple[int, int] = (0, 1)) -> None:
         super().__init__()
+        self.views = views
         self.projector = Projector(dim, width)
         self.predictor = Predictor(width, bottleneck)
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
-        z1, z2 = (self.projector(view) for view in features.image[:2])
+        z1, z2 = (self.projector(view) for view in features.image[list(self.views)])
         p1, p2 = self.predictor(z1), self.predictor(z2)
         return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2

@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import errno
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from declip.errors import InputError
+from declip.files import write_atomically
 from declip.recipe import Recipe, load_recipe, to_toml
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 RECIPE, METRICS, LAST = "recipe.toml", "metrics.jsonl", "checkpoints/last.pt"
-WEIGHTS_BEST = "checkpoints/best.safetensors"
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name beside `path`, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+WEIGHTS_BEST, HEADS_BEST = "checkpoints/best.safetensors", "checkpoints/best_heads.safetensors"
 
 
 def check_run(out: Path, recipe: Recipe, resume: bool) -> bool:
@@ -98,12 +84,3 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise InputError(f"{out / LAST} cannot be read ({str(error).splitlines()[0]}): start the run anew.") from None
     return state
-
-
-def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
-    """Tensors by name, as safetensors."""
-    from safetensors.torch import save
-
-    # Not save_file: what it raises on a full disk is no OSError.
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))

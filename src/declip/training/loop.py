@@ -17,25 +17,27 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from declip.data.captions import Tokenizer
+from declip.data.captions import CaptionTokenizer
 from declip.data.loader import BatchMaker, Images, check_broken, make_loader, open_images
 from declip.data.sources import BrokenPair, Source, open_sources, split_holdout, take_fraction
 from declip.errors import InputError
+from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import DualEncoder
-from declip.model.export import CONFIG, WEIGHTS, open_clip_config
+from declip.model.embed import TokenWise
+from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
 from declip.objectives.objective import Objective, build_objective
 from declip.recipe import Data, Recipe
 from declip.training.checkpoint import (
+    HEADS_BEST,
     WEIGHTS_BEST,
     check_run,
     make_run,
     read_checkpoint,
     save_checkpoint,
-    save_weights,
-    write_atomically,
 )
 from declip.training.held_out import HeldOut
 from declip.training.logging import RunLog, cut_metrics, resident_bytes
+from declip.training.heads import heads_of, start_from
 from declip.training.optimizer import build_optimizer, learning_rate
 
 LOG_SECONDS = 0.5
@@ -64,8 +66,12 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     steps = total_steps(recipe, len(pairs))
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
-    objective = build_objective(recipe, model, used_tokens(recipe, pairs))
-    held_out = HeldOut(held_images, recipe, model.image_size, model.context_length) if held_images else None
+    objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
+    if recipe.model.start and not going_on:
+        start_from(recipe.model.start, model, objective)
+    held_out = None
+    if held_images:
+        held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
     make_run(out, recipe)
     run = Run(recipe, out, device, model, objective, images, held_out, steps)
     if going_on:
@@ -122,12 +128,11 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
     return pairs, held if held is not None and len(held) > 1 else None
 
 
-def used_tokens(recipe: Recipe, pairs: Source) -> Tensor | None:
+def used_tokens(recipe: Recipe, pairs: Source, tokenizer: CaptionTokenizer) -> Tensor | None:
     """The token ids that occur in the training captions, where a term of the recipe asks for them."""
     term = recipe.terms.masked_language
     if term is None or term.vocabulary == "all":
         return None
-    tokenizer = Tokenizer()
     captions = (caption for index in range(len(pairs)) for caption in pairs.captions(index))
     return torch.tensor(sorted({token for caption in captions for token in tokenizer.encode(caption)}))
 
@@ -190,6 +195,9 @@ class Run:
         self.model, self.objective = model.to(device), objective.to(device)
         if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
             self.model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
+        self.token_wise = None
+        if recipe.similarity == "token_wise":
+            self.token_wise = TokenWise(objective.terms["token_wise"].mappings, not recipe.pads_captions)  # type: ignore[arg-type]
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
@@ -204,7 +212,8 @@ class Run:
             self.save()  # a disk that is full is found out now, and there is always a checkpoint to go back to
         if self._has_stopped_rising():
             return
-        maker = BatchMaker(self.images, self.recipe, self.model.image_size, self.model.context_length)
+        towers = self.model.image_size, self.model.context_length, self.model.tokenizer, self.model.full_captions
+        maker = BatchMaker(self.images, self.recipe, *towers)
         model = torch.compile(self.model) if self.recipe.engine.compile else self.model
         every = max(1, round(self.recipe.evaluation.every * self.steps))
         self.model.train()
@@ -214,7 +223,7 @@ class Run:
             self._note_broken(batch.broken, log)
             rate = learning_rate(self.step, self.steps, self.recipe)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * (group["peak"] / self.recipe.optimizer.lr)
             batch = batch.to(self.device)
             with autocast(self.device, self.recipe.engine.precision):
                 features = model(batch)
@@ -227,6 +236,7 @@ class Run:
                 self._stop_if_not_finite(norm, terms)
             self.optimizer.step()
             self.model.clamp_logit_scale()
+            self.objective.clamp_logit_scale()
             self.step += 1
 
             now = time.perf_counter()
@@ -270,7 +280,7 @@ class Run:
         """Score the held-out pairs, keep the best weights, and warn where the run has begun to overfit."""
         if self.held_out is None:
             return
-        metrics = self.held_out.score(self.model, self.device)
+        metrics = self.held_out.score(self.model, self.device, self.token_wise)
         self.sound = math.isfinite(metrics["score"])
         if not self.sound:
             return
@@ -281,6 +291,7 @@ class Run:
             self.best_score, self.best_step = metrics["score"], self.step
             self.worse_in_a_row, self.loss_at_best = 0, loss
             save_weights(self.out / WEIGHTS_BEST, self.model.clip.state_dict())
+            save_weights(self.out / HEADS_BEST, heads_of(self.model, self.objective))
             return
         self.worse_in_a_row += 1
         if self.worse_in_a_row >= 3 and loss < self.loss_at_best and not self.warned:
@@ -353,13 +364,13 @@ class Run:
         """Turn the run folder into an open_clip model (the best weights) and sum the run up."""
         if not self.sound:
             raise self._not_a_number(f"model's output is not a number after step {self.step}")
-        best = self.out / WEIGHTS_BEST
-        if best.is_file():
-            write_atomically(self.out / WEIGHTS, lambda path: shutil.copyfile(best, path))
-        else:
-            save_weights(self.out / WEIGHTS, self.model.clip.state_dict())
-        config = open_clip_config(self.recipe.model)
-        write_atomically(self.out / CONFIG, lambda path: path.write_text(config))
+        last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
+        for name, best in ((WEIGHTS, self.out / WEIGHTS_BEST), (HEADS, self.out / HEADS_BEST)):
+            if best.is_file():
+                write_atomically(self.out / name, functools.partial(shutil.copyfile, best))
+            elif last[name]:
+                save_weights(self.out / name, last[name])
+        write_config(self.out, open_clip_config(self.recipe))
         pairs_seen = self.step * self.recipe.schedule.batch_size
         return {
             "run": str(self.out),

@@ -1,4 +1,4 @@
-"""AdamW with the right groups, and the learning-rate schedule."""
+"""The optimizer with the right groups, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,34 +10,68 @@ from torch import nn
 from declip.recipe import Optimizer, Recipe
 
 EMBEDDINGS = ("token_embedding", "positional_embedding", "class_embedding", "mask_embedding")
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+LOGIT_SCALES = ("logit_scale", "logit_bias")
 
 
 def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[str, object]]:
-    """Two groups: matrices with weight decay; biases, norms, scales and (unless asked) embeddings without."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    """Groups of trainable parameters, those with weight decay first.
+
+    Matrices decay; biases, norms, scales and (unless asked) embeddings do not. With `decay_embeddings` the reference's
+    groups: all decays but norms, biases of layers and logit scales, so attention's input biases do.
+    The logit scale is a group of its own where it has its own learning rate. `peak` is each group's peak rate.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {
+        (options.weight_decay, options.lr): [],
+        (0.0, options.lr): [],
+    }
     for module in modules:
+        kept = _never_decayed(module) if options.decay_embeddings else _not_decayed(module)
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            embedding = any(part in name for part in EMBEDDINGS)
-            vector = parameter.ndim < 2
-            keep = vector or (embedding and not options.decay_embeddings)
-            (plain if keep else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+            scale = name.rsplit(".", 1)[-1] in LOGIT_SCALES
+            own_rate = scale and options.logit_scale_lr is not None
+            rate = options.logit_scale_lr if own_rate and options.logit_scale_lr is not None else options.lr
+            decay = 0.0 if scale or name in kept else options.weight_decay
+            groups.setdefault((decay, rate), []).append(parameter)
+    return [{"params": group, "weight_decay": decay, "peak": rate} for (decay, rate), group in groups.items()]
 
 
-def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters of the modules."""
+def _not_decayed(module: nn.Module) -> set[str]:
+    named = module.named_parameters()
+    return {name for name, parameter in named if parameter.ndim < 2 or any(part in name for part in EMBEDDINGS)}
+
+
+def _never_decayed(module: nn.Module) -> set[str]:
+    kept = set()
+    for prefix, part in module.named_modules():
+        for name, _ in part.named_parameters(recurse=False):
+            if isinstance(part, NORMS) or (name == "bias" and isinstance(part, nn.Linear | nn.Conv2d)):
+                kept.add(f"{prefix}.{name}".removeprefix("."))
+    return kept
+
+
+def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim.Optimizer:
+    """Fused AdamW or Nesterov SGD over the trainable parameters of the modules."""
     groups = parameter_groups(modules, options)
+    if options.kind == "sgd":
+        return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """Rate of step 0 … steps - 1: a linear rise over the warm-up, then half a cosine down to final_lr × peak."""
-    peak, warmup = recipe.optimizer.lr, max(1, round(recipe.schedule.warmup * steps))
+    """Rate of step 0 … steps - 1: a linear rise over the warm-up, then half a cosine down to final_lr × peak.
+
+    With `start_lr` the rise goes from there at the first step to the peak at the last of the warm-up, and the cosine
+    ends at the last step, exactly as in the reference; without it the rise takes equal steps from zero.
+    """
+    schedule, peak = recipe.schedule, recipe.optimizer.lr
+    warmup, start = max(1, round(schedule.warmup * steps)), schedule.start_lr
     if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    floor = recipe.schedule.final_lr
+        if start is None or warmup == 1:
+            return peak * (step + 1) / warmup
+        return peak * (start + (1 - start) * step / (warmup - 1))
+    progress = (step - warmup + (start is not None)) / max(1, steps - warmup)
+    floor = schedule.final_lr
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2)

@@ -1,0 +1,30 @@
+"""Files that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write to a temporary name beside `path`, then rename: a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Tensors by name, as safetensors."""
+    from safetensors.torch import save
+
+    # Not save_file: what it raises on a full disk is no OSError.
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))

@@ -1,0 +1,69 @@
+"""A model in another format: open_clip's folder, or Hugging Face's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from declip.errors import InputError
+from declip.model.export import FinishedModel
+from declip.model.huggingface import write_huggingface
+from declip.model.pretrained import read_model
+
+FORMATS = ("open_clip", "huggingface")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    to: str = "open_clip",
+    image_heads: int | None = None,
+    text_heads: int | None = None,
+) -> dict[str, Any]:
+    """Write the model `source` (whatever `declip.load` opens) into `folder` and sum up what it is.
+
+    open_clip: `open_clip_config.json` and `open_clip_model.safetensors`, and the heads of the terms apart in
+    `declip_heads.safetensors`, so that training can go on from them. huggingface: a `CLIPModel` or `SiglipModel`.
+    Raises InputError where the source is no model, the format cannot hold it, or the folder holds files already.
+    """
+    source, folder = os.fspath(source), Path(folder)
+    if to not in FORMATS:
+        raise InputError(f"There is no format {to!r}: choose from {', '.join(FORMATS)}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} already holds files: give another folder.")
+    finished = read_model(source, image_heads, text_heads)
+    if to == "open_clip":
+        finished.write(folder)
+    else:
+        _refuse_for_huggingface(finished, source)
+        write_huggingface(folder, finished.config, finished.weights)
+    return {"source": source, "folder": str(folder), "format": to, **summary(finished)}
+
+
+def _refuse_for_huggingface(finished: FinishedModel, source: str) -> None:
+    if finished.options["towers"] == "image":
+        raise InputError(f"{source} holds an image tower alone: a CLIPModel has a text tower too.")
+    if finished.options["similarity"] == "token_wise":
+        raise InputError(f"{source} compares tokens (FILIP): a CLIPModel compares embeddings, which were not trained.")
+
+
+def summary(finished: FinishedModel) -> dict[str, Any]:
+    """What a model is, in a few figures."""
+    config = finished.config["model_cfg"]
+    vision = config["vision_cfg"]
+    image = vision.get("timm_model_name") or f"{vision['layers']} layers × {vision['width']}, {vision['image_size']} px"
+    text = config.get("text_cfg")
+    if finished.options["towers"] == "image" or text is None:
+        words = None
+    else:
+        words = text.get("hf_model_name") or f"{text['layers']} layers × {text['width']}"
+    heads = sorted({name.partition(".")[0] for name in finished.heads} - {"mask_embedding"})
+    return {
+        "image_tower": image,
+        "text_tower": words,
+        "embed_dim": config["embed_dim"],
+        "parameters": sum(tensor.numel() for tensor in finished.weights.values()),
+        "similarity": finished.options["similarity"],
+        "heads": heads,
+    }

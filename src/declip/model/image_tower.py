@@ -1,0 +1,101 @@
+"""What an image tower makes of pixels: the embedding, the feature before its projection, and tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from open_clip.modified_resnet import AttentionPool2d
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    from declip.model.towers import Towers
+
+
+class EncodedImages(NamedTuple):
+    """embedding: [batch, dim], not normalised.
+
+    pooled: [batch, width], what the projection to the joint space is applied to (SLIP's head works on it)
+    tokens: [batch, tokens, width], a ViT's patches before its last norm, a ResNet's or another network's grid
+    Each is None where a tower has no such thing.
+    """
+
+    embedding: Tensor
+    pooled: Tensor | None
+    tokens: Tensor | None
+
+
+def encode_image(clip: Towers, pixels: Tensor) -> EncodedImages:
+    """Run open_clip's image tower on float [batch, 3, height, width]; nothing is computed twice."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    tower: Any = clip.visual
+    if isinstance(tower, VisionTransformer):
+        return _encode_vit(tower, pixels)
+    if isinstance(tower, ModifiedResNet):
+        grid = tower.layer4(tower.layer3(tower.layer2(tower.layer1(tower.stem(pixels)))))
+        pooled = _attention_pool(tower.attnpool, grid)
+        return EncodedImages(tower.attnpool.c_proj(pooled), pooled, grid.flatten(2).transpose(1, 2))
+    if isinstance(tower, TimmModel) and hasattr(tower.trunk, "forward_head"):
+        return _encode_timm(tower, pixels)
+    return EncodedImages(tower(pixels), None, None)
+
+
+def _encode_vit(tower: VisionTransformer, pixels: Tensor) -> EncodedImages:
+    x = tower.transformer(tower._embeds(pixels))
+    pooled, _ = tower._pool(x)
+    embedding = pooled if tower.proj is None else pooled @ tower.proj
+    # Before the last norm, as in the public FILIP; with attentional pooling there is no class token to leave out.
+    return EncodedImages(embedding, pooled, x[:, 1:])
+
+
+def _encode_timm(tower: TimmModel, pixels: Tensor) -> EncodedImages:
+    features = tower.trunk.forward_features(pixels)
+    pooled = tower.trunk.forward_head(features)
+    embedding = tower.head(pooled)
+    return EncodedImages(embedding, pooled if pooled.ndim == 2 else None, _timm_tokens(tower.trunk, features))
+
+
+def _timm_tokens(trunk: nn.Module, features: Any) -> Tensor | None:
+    if not isinstance(features, Tensor):
+        return None
+    if features.ndim == 3:
+        return features[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    if features.ndim == 4:
+        channels_last = str(getattr(trunk, "output_fmt", "NCHW")).endswith("NHWC")
+        return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+    return None
+
+
+def _attention_pool(pool: AttentionPool2d, grid: Tensor) -> Tensor:
+    """[batch, width, height, width] -> [batch, width], before the pool's last projection.
+
+    The mean token alone asks: open_clip's lets every token ask and drops the answers.
+    """
+    tokens = grid.flatten(2).transpose(1, 2)
+    tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
+    tokens = tokens + pool.positional_embedding.to(tokens.dtype)
+    query, keys, values = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
+    heads = (x.unflatten(-1, (pool.num_heads, -1)).transpose(1, 2) for x in (query, keys, values))
+    return F.scaled_dot_product_attention(*heads).flatten(1)  # from [batch, heads, 1, head width]
+
+
+@torch.no_grad()
+def image_widths(clip: Towers) -> tuple[int, int | None, int | None]:
+    """Widths of the embedding, the pooled feature and the tokens, found by running one empty image."""
+    tower: Any = clip.visual
+    size = tower.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    was_training = clip.training
+    clip.eval()
+    parameter = next(clip.parameters())
+    encoded = encode_image(clip, torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
+    clip.train(was_training)
+    embedding, pooled, tokens = (None if x is None else x.shape[-1] for x in encoded)
+    return embedding or 0, pooled, tokens

@@ -1,0 +1,98 @@
+"""Similarity between sets of tokens: the mean over one side's tokens of the best match on the other (FILIP)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of token similarities that exist at once
+
+
+class MeanBestMatch(torch.autograd.Function):
+    """The mean over a query's tokens of the best similarity among an item's tokens, and the other way round.
+
+    Only one chunk of the similarities [queries × tokens, items × tokens] exists at a time. Which token was best is kept
+    (one byte each), so that the backward pass multiplies no more matrices than the naive form does.
+
+    queries: [batch, n, width], items: [count, m, width]
+    query_weights: [batch, n], the share of each token in the mean; item_weights: [count, m], likewise for the way back
+    item_mask: bool [count, m], which tokens may be found; None where all may
+    both: whether the way back is wanted
+    Returns [batch, count] and, where `both`, [batch, count] for the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries: Tensor,
+        items: Tensor,
+        query_weights: Tensor,
+        item_weights: Tensor,
+        item_mask: Tensor | None,
+        both: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, n, _ = queries.shape
+        count, m, _ = items.shape
+        there, back = queries.new_empty(batch, count), queries.new_empty(batch, count) if both else None
+        found = torch.empty(batch, n, count, dtype=_index_type(m), device=queries.device)
+        found_back = torch.empty(batch, count, m, dtype=_index_type(n), device=queries.device) if both else None
+        for part in _chunks(queries, items):
+            similarity = (queries.flatten(0, 1) @ items[part].flatten(0, 1).T).view(batch, n, -1, m)
+            if back is not None and found_back is not None:
+                best, where = similarity.max(dim=1)
+                found_back[:, part] = where
+                back[:, part] = (best * item_weights[part]).sum(dim=-1)
+            if item_mask is not None:
+                similarity.masked_fill_(~item_mask[part], float("-inf"))
+            best, where = similarity.max(dim=-1)
+            found[:, :, part] = where
+            there[:, part] = (best * query_weights[:, :, None]).sum(dim=1)
+        ctx.save_for_backward(queries, items, query_weights, item_weights, found, found_back)
+        return there, back
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        queries, items, query_weights, item_weights, found, found_back = ctx.saved_tensors
+        batch, n, width = queries.shape
+        grad_queries, grad_items = torch.zeros_like(queries), torch.empty_like(items)
+        for part in _chunks(queries, items):
+            some = items[part]
+            grad = queries.new_zeros(batch, n, *some.shape[:2])
+            to_best = gradients[0][:, None, part] * query_weights[:, :, None]
+            grad.scatter_(-1, found[:, :, part, None].long(), to_best[..., None])
+            if found_back is not None:
+                to_best = gradients[1][:, part, None] * item_weights[part]
+                grad.scatter_add_(1, found_back[:, None, part].long(), to_best[:, None])
+            flat = grad.view(batch * n, -1)
+            grad_queries.view(-1, width).addmm_(flat, some.flatten(0, 1))
+            grad_items[part] = (flat.T @ queries.flatten(0, 1)).view_as(some)
+        return grad_queries, grad_items, None, None, None, None
+
+
+def _index_type(tokens: int) -> torch.dtype:
+    return torch.uint8 if tokens <= 256 else torch.int32
+
+
+def _chunks(queries: Tensor, items: Tensor) -> list[slice]:
+    """Slices of the items, each with at most CHUNK_BYTES of token similarities."""
+    limit = CHUNK_BYTES.get(queries.device.type, CHUNK_BYTES["cpu"])
+    per_item = queries.shape[0] * queries.shape[1] * items.shape[1] * queries.element_size()
+    step = max(1, limit // max(per_item, 1))
+    return [slice(start, start + step) for start in range(0, items.shape[0], step)]
+
+
+@torch.no_grad()
+def similarity(queries: Tensor, items: Tensor) -> Tensor:
+    """How alike every query and every item are: [queries, items].
+
+    Embeddings [n, dim], normalised: their cosine. Tokens [n, tokens, dim], normalised: the mean over a query's tokens
+    of the best cosine among the item's; a token of zeros is padding and takes no part.
+    """
+    if queries.ndim == 2:
+        return queries @ items.T
+    counts = (queries != 0).any(dim=-1).to(queries.dtype)
+    weights = counts / counts.sum(dim=1, keepdim=True)
+    there, _ = MeanBestMatch.apply(queries, items, weights, queries.new_empty(0), (items != 0).any(dim=-1), False)
+    return there

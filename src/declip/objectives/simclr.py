@@ -1,0 +1,46 @@
+"""Image self-supervision with negatives: SimCLR's NT-Xent (Chen et al., ICML 2020), as SLIP uses it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from declip.data.batch import Batch
+from declip.model.dual_encoder import Features
+from declip.model.heads import ContrastiveHead
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+    """The normalised, temperature-scaled cross-entropy of two views (SimCLR, eq. 1).
+
+    z1, z2: [batch, dim], not normalised. Each of the 2 · batch vectors is an anchor; its positive is the other view of
+    its image, its negatives are all vectors but its own two; mean over the anchors:
+
+        -log exp(cos(a, p) / τ) / Σ_{c ≠ a} exp(cos(a, c) / τ)
+    """
+    both = F.normalize(torch.cat([z1, z2]), dim=-1)
+    logits = both @ both.T / temperature
+    logits.fill_diagonal_(float("-inf"))
+    positive = torch.arange(len(both), device=both.device).roll(len(z1))
+    return F.cross_entropy(logits, positive)
+
+
+class SimCLR(nn.Module):
+    """`nt_xent` between two image views, on what a head makes of the tower's feature before its projection.
+
+    Batch norm in the head sees one view at a time.
+
+    views: which two image views
+    """
+
+    def __init__(self, tower_width: int, width: int, dim: int, temperature: float, views: tuple[int, int]) -> None:
+        super().__init__()
+        self.head = ContrastiveHead(tower_width, width, dim)
+        self.temperature, self.views = temperature, views
+
+    def forward(self, features: Features, batch: Batch) -> Tensor:
+        if features.pooled_image is None:
+            raise ValueError("SimCLR needs the image tower's pooled features")
+        z1, z2 = (self.head(features.pooled_image[view]) for view in self.views)
+        return nt_xent(z1, z2, self.temperature)

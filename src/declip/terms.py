@@ -1,0 +1,123 @@
+"""What a recipe may say about each loss term: one section a term, one field a choice.
+
+Where the DeCLIP paper and its public code differ, the difference is one field here; its description says why the
+default is what it is. `method=reference` and `method=paper` set all of them at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TextView = Literal["caption", "masked", "augmented"]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class _Pairs(Section):
+    """A term between image views and text views."""
+
+    weight: float = Field(1.0, ge=0, description="weight in the loss")
+    images: Literal[1, 2] = Field(1, description="how many image views take part")
+    texts: list[TextView] = Field(["caption"], min_length=1, description="which text views take part")
+
+
+class Contrastive(_Pairs):
+    """InfoNCE between every image view and every text view (CLIP; DeCLIP's multi-view supervision)."""
+
+    multi_view: float | None = Field(
+        None,
+        ge=0,
+        description="weight of the mean of all other pairs of views beside the first pair's 1 (the paper's own weight "
+        "for its multi-view loss); not set: the mean over all pairs of views, as in the code",
+    )
+
+
+class Sigmoid(_Pairs):
+    """A yes or no for every image and every text instead of a softmax (SigLIP); needs model.logit_bias_init."""
+
+
+class TokenWise(_Pairs):
+    """Each image patch against its best word, each word against its best patch (FILIP)."""
+
+    dim: int = Field(256, gt=0, description="width that patches and words are mapped to")
+    top_k: int | None = Field(
+        None,
+        gt=0,
+        description="keep only this many tokens of the side that is searched, as the code does (16); not set: all, as "
+        "in the FILIP paper",
+    )
+    mask_padding: bool = Field(
+        True,
+        description="padding takes no part (the code counts all 77 positions, most of them padding)",
+    )
+    logit_scale_init: float = Field(2.6593, description="start of the term's own logit scale, as a logarithm")
+    logit_scale_range: tuple[float, float] = Field((0.0, 4.6052), description="the term's logit scale is kept in here")
+
+
+class SimSiam(Section):
+    """Image self-supervision: the two image views predict each other (SimSiam)."""
+
+    weight: float = Field(0.2, ge=0, description="weight in the loss")
+    width: int = Field(1024, gt=0, description="width of the projector")
+    bottleneck: int = Field(512, gt=0, description="width of the predictor's hidden layer")
+
+
+class SimCLR(Section):
+    """Image self-supervision: two views of an image find each other among all others (SimCLR's NT-Xent; SLIP)."""
+
+    weight: float = Field(1.0, ge=0, description="weight in the loss")
+    temperature: float = Field(0.1, gt=0, description="what cosine similarities are divided by")
+    width: int = Field(4096, gt=0, description="width of the head's two hidden layers")
+    dim: int = Field(256, gt=0, description="width of the head's output")
+
+
+class MaskedLanguage(Section):
+    """Text self-supervision: predict the masked tokens of the masked text view."""
+
+    weight: float = Field(0.2, ge=0, description="weight in the loss")
+    vocabulary: Literal["all", "used"] = Field(
+        "all", description="tokens to choose from: the whole vocabulary, or those that the training captions use"
+    )
+
+
+class NearestNeighbour(Section):
+    """Each image also matches the text most like its own caption, among the latest texts in a queue."""
+
+    weight: float = Field(0.2, ge=0, description="weight in the loss")
+    images: Literal[1, 2] = Field(2, description="how many image views take part")
+    texts: list[TextView] = Field(
+        ["caption"],
+        min_length=1,
+        description="the text views whose neighbours are sought: the caption's, as in the paper; the code seeks the "
+        "augmented view's too",
+    )
+    enqueue: list[TextView] | None = Field(
+        None, min_length=1, description="the text views that enter the queue; not set: those whose neighbours are sought"
+    )
+    queue_size: int = Field(65536, gt=0, description="how many text embeddings the queue holds")
+    exclude_own: bool = Field(
+        True, description="a sample never finds itself or its own other captions (the code does not exclude them)"
+    )
+    random_start: bool = Field(
+        False, description="fill the queue with random directions and search them at once, as the code does"
+    )
+
+
+class Terms(Section):
+    contrastive: Contrastive | None = Field(None, description="image-text InfoNCE over views")
+    sigmoid: Sigmoid | None = Field(None, description="image-text sigmoid loss over views")
+    token_wise: TokenWise | None = Field(None, description="patches against words")
+    simsiam: SimSiam | None = Field(None, description="image self-supervision without negatives")
+    simclr: SimCLR | None = Field(None, description="image self-supervision with negatives")
+    masked_language: MaskedLanguage | None = Field(None, description="text self-supervision")
+    nearest_neighbour: NearestNeighbour | None = Field(None, description="captions of similar pairs")
+
+    def active(self) -> dict[str, Section]:
+        """The terms that take part, by name; a weight of zero takes no part."""
+        found = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: term for name, term in found.items() if term is not None and term.weight > 0}
