@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from declip.evaluation import Progress
 
+MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
 DONE, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -97,7 +98,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"declip {declip.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help(), json=False, rest=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_train, _add_evaluate, _add_recipes):
+    for add in (_add_demo, _add_train, _add_evaluate, _add_convert, _add_recipes):
         add(commands)
     args, extras = parser.parse_known_args(argv)
     # argparse takes the values of `train RECIPE a=1 --out DIR b=2` in one piece only; the later ones come back here.
@@ -143,9 +144,7 @@ def _add_train(commands: Any) -> None:
 def _add_evaluate(commands: Any) -> None:
     example = "declip evaluate runs/mine test.parquet --task retrieval"
     parser = _command(commands, "evaluate", _evaluate, "judge a model: retrieval, zero-shot classification", example)
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run folder, a checkpoint, an open_clip name:pretrained or local-dir:PATH"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument(
         "data", metavar="DATA", nargs="+", help="parquet files, caption tables beside images, demo:NAME"
     )
@@ -166,6 +165,25 @@ def _add_evaluate(commands: Any) -> None:
         help="zero-shot prompt with {} for the class, or a set: openai (80 prompts, the default), simple (7)",
     )
     parser.set_defaults(rest="data")
+
+
+def _add_convert(commands: Any) -> None:
+    about = "turn a model into an open_clip or a Hugging Face folder"
+    parser = _command(
+        commands, "convert", _convert, about, "declip convert yfcc15m_vitb32_declip.pth.tar declip-vitb32"
+    )
+    parser.add_argument("source", metavar="SRC", help=MODEL)
+    parser.add_argument("folder", metavar="DST", help="the new folder")
+    parser.add_argument(
+        "--to", default="open_clip", metavar="FORMAT", help="open_clip or huggingface (default: %(default)s)"
+    )
+    for tower in ("image", "text"):
+        parser.add_argument(
+            f"--{tower}-heads",
+            type=int,
+            metavar="N",
+            help=f"attention heads of a released file's {tower} tower (default: width / 64)",
+        )
 
 
 def _add_recipes(commands: Any) -> None:
@@ -212,6 +230,21 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         result = evaluate(args.model, args.data, args.task, options, progress, args.template)
     if not args.json:
         _print_results(result)
+    return result
+
+
+def _convert(args: argparse.Namespace) -> dict[str, Any]:
+    from declip.model.convert import convert
+
+    result = convert(args.source, args.folder, args.to, args.image_heads, args.text_heads)
+    if not args.json:
+        from rich.table import Table
+
+        table = Table(show_header=False)
+        for name, value in result.items():
+            shown = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
+            table.add_row(name.replace("_", " "), str(shown or "none"))
+        _console().print(table)
     return result
 
 

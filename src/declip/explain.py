@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from declip.recipe import Recipe, Section
+from declip.recipe import Recipe
+from declip.terms import Section
 
 EXTRA = "a further field of open_clip's"
 _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}

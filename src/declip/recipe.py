@@ -73,7 +73,8 @@ class Data(Section):
     key: str | None = Field(None, description="name of the key column (found by itself if not given)")
     images: ImageViews = Field(ImageViews(), description="how image views are made")
     strong_images: ImageViews | None = Field(
-        None, description="image self-supervision gets two views of its own, made so (SLIP); not set: it shares the others"
+        None,
+        description="image self-supervision gets two views of its own, made so (SLIP); not set: it shares the others",
     )
     text: CaptionViews = Field(CaptionViews(), description="how text views are made")
     workers: int = Field(1, ge=0, description="loader processes; 0 loads in the training process")
@@ -110,12 +111,15 @@ class Model(Section):
         None, description="an open_clip architecture (ViT-B-32, RN50, …) instead of the towers below"
     )
     start: str | None = Field(
-        None, description="folder of a finished or converted model whose towers and heads the run starts from"
+        None, description="a model to start from, its towers and the heads it has: whatever declip evaluate opens"
     )
     embed_dim: int = Field(128, gt=0, description="width of the joint embedding")
     image: ImageTower = Field(ImageTower(), description="image tower, in the words of open_clip's vision_cfg")
     text: TextTower = Field(TextTower(), description="text tower, in the words of open_clip's text_cfg")
     quick_gelu: bool = Field(False, description="QuickGELU as in OpenAI's and the published DeCLIP weights")
+    normalization: Literal["clip", "imagenet", "half"] = Field(
+        "clip", description="mean and standard deviation of pixels: OpenAI's for CLIP, ImageNet's (reference), or 0.5"
+    )
     logit_scale_init: float = Field(2.6593, description="start of the logit scale, as a logarithm: ln(1/0.07)")
     logit_scale_range: tuple[float, float] = Field((0.0, 4.6052), description="the logit scale is kept in here")
     logit_scale_cap: float | None = Field(
@@ -272,7 +276,7 @@ def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     else:
         near = difflib.get_close_matches(str(name), shipped(), n=3, cutoff=0.0)
         raise InputError(
-            f"There is no recipe {str(name)!r}: give a TOML file or a shipped one, for example {', '.join(near)} "
+            f"There is no recipe {str(name)!r}: give a TOML file or one of {', '.join(near)}, … "
             "(declip recipes lists all)."
         )
     presets = values.pop("presets", {})

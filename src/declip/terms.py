@@ -97,7 +97,9 @@ class NearestNeighbour(Section):
         "augmented view's too",
     )
     enqueue: list[TextView] | None = Field(
-        None, min_length=1, description="the text views that enter the queue; not set: those whose neighbours are sought"
+        None,
+        min_length=1,
+        description="the text views that enter the queue; not set: those whose neighbours are sought",
     )
     queue_size: int = Field(65536, gt=0, description="how many text embeddings the queue holds")
     exclude_own: bool = Field(

@@ -17,7 +17,7 @@ def features(
     batch: int = 5,
     dim: int = 8,
     seed: int = 0,
-    masked_tokens: Tensor | None = None,
+    text_tokens: dict[str, Tensor] | None = None,
 ) -> Features:
     """Embeddings that ask for gradients, of lengths other than 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -28,7 +28,7 @@ def features(
     return Features(
         image=embedding(images, batch),
         text={view: embedding(batch) for view in views},
-        masked_tokens=masked_tokens,
+        text_tokens=text_tokens or {},
         logit_scale=torch.tensor(7.0, requires_grad=True),
     )
 

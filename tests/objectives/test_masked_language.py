@@ -48,14 +48,14 @@ def naive(term: MaskedLanguage, tokens: Tensor, labels: Tensor, vocabulary: list
 
 def test_like_naive(tokens: Tensor, labels: Tensor) -> None:
     term = MaskedLanguage(WIDTH, VOCABULARY)
-    loss = term(features(masked_tokens=tokens), batch(labels=labels))
+    loss = term(features(text_tokens={"masked": tokens}), batch(labels=labels))
     assert loss.item() == pytest.approx(naive(term, tokens, labels, list(range(VOCABULARY))), rel=1e-5)
 
 
 def test_used_vocabulary_like_naive(tokens: Tensor, labels: Tensor) -> None:
     term = MaskedLanguage(WIDTH, VOCABULARY, USED)
     assert term.head.weight.shape == (len(USED), WIDTH)
-    loss = term(features(masked_tokens=tokens), batch(labels=labels))
+    loss = term(features(text_tokens={"masked": tokens}), batch(labels=labels))
     assert loss.item() == pytest.approx(naive(term, tokens, labels, USED.tolist()), rel=1e-5)
 
 
@@ -63,7 +63,7 @@ def test_used_vocabulary_is_the_whole_one_restricted(tokens: Tensor, labels: Ten
     """The same rows of the head, the others' logits at minus infinity: the same loss and the same gradients."""
     whole, used = MaskedLanguage(WIDTH, VOCABULARY), MaskedLanguage(WIDTH, VOCABULARY, USED)
     used.head.weight.data, used.head.bias.data = whole.head.weight.data[USED], whole.head.bias.data[USED]
-    used(features(masked_tokens=tokens), batch(labels=labels)).backward()
+    used(features(text_tokens={"masked": tokens}), batch(labels=labels)).backward()
     assert tokens.grad is not None
     gradient, tokens.grad = tokens.grad, None
 
@@ -76,7 +76,7 @@ def test_used_vocabulary_is_the_whole_one_restricted(tokens: Tensor, labels: Ten
 
 
 def test_gradient_to_hidden_positions_alone(tokens: Tensor, labels: Tensor) -> None:
-    MaskedLanguage(WIDTH, VOCABULARY)(features(masked_tokens=tokens), batch(labels=labels)).backward()
+    MaskedLanguage(WIDTH, VOCABULARY)(features(text_tokens={"masked": tokens}), batch(labels=labels)).backward()
     assert tokens.grad is not None
     assert ((tokens.grad.abs().sum(-1) > 0) == (labels != -100)).all()
 
@@ -84,7 +84,7 @@ def test_gradient_to_hidden_positions_alone(tokens: Tensor, labels: Tensor) -> N
 @pytest.mark.parametrize("used", [None, USED])
 def test_nothing_hidden_costs_nothing(tokens: Tensor, used: Tensor | None) -> None:
     term = MaskedLanguage(WIDTH, VOCABULARY, used)
-    loss = term(features(masked_tokens=tokens), batch(labels=torch.full((5, 7), -100)))
+    loss = term(features(text_tokens={"masked": tokens}), batch(labels=torch.full((5, 7), -100)))
     assert loss.item() == 0
     loss.backward()
     assert tokens.grad is not None
@@ -104,4 +104,4 @@ def test_without_the_masked_view(labels: Tensor, tokens: Tensor) -> None:
     with pytest.raises(ValueError, match="needs the masked text view"):
         term(features(), batch(labels=labels))
     with pytest.raises(ValueError, match="needs the masked text view"):
-        term(features(masked_tokens=tokens), batch())
+        term(features(text_tokens={"masked": tokens}), batch())

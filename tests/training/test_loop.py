@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from declip.data.captions import Tokenizer
 from declip.data.sources import open_sources
 from declip.model.dual_encoder import DualEncoder
 from declip.recipe import Recipe, load_recipe
@@ -53,7 +54,7 @@ def test_run_folder(tiny: MakeRecipe, tmp_path: Path, method: str) -> None:
         "open_clip_model.safetensors",
         "checkpoints/last.pt",
         "checkpoints/best.safetensors",
-    }
+    } | ({"declip_heads.safetensors", "checkpoints/best_heads.safetensors"} if method == "declip" else set())
     assert load_recipe(out / "recipe.toml") == recipe
 
     rows = read_metrics(out)
@@ -126,7 +127,7 @@ def test_attention_on_a_cpu_in_bfloat16_is_made_of_plain_products() -> None:
 def test_vocabulary_in_use(tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny("declip", "terms.masked_language.vocabulary=used")
     train(recipe, tmp_path / "run", quiet=True)
-    used = loop.used_tokens(recipe, open_sources(recipe.data.train, recipe.data))
+    used = loop.used_tokens(recipe, open_sources(recipe.data.train, recipe.data), Tokenizer())
     assert used is not None
     assert 15 < len(used) < 60
     first = read_metrics(tmp_path / "run")[0]
@@ -206,7 +207,7 @@ def test_scoring_leaves_the_model_as_it_was(tiny: MakeRecipe, tmp_path: Path) ->
     assert held is not None
     torch.manual_seed(0)
     model = DualEncoder(recipe)
-    held_out = HeldOut(loop.open_images(held, 1.0, 1.0), recipe, 16, 77)
+    held_out = HeldOut(loop.open_images(held, 1.0, 1.0), recipe, 16, 77, model.tokenizer)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first = held_out.score(model, torch.device("cpu"))
     assert model.training

@@ -31,7 +31,6 @@ MASK_ID = 49408  # one past open_clip's vocabulary
 NO_LABEL = -100  # cross_entropy's default ignore_index
 
 
-
 class SpecialTokens(NamedTuple):
     """The ids around and besides the words of a caption.
 
@@ -148,8 +147,8 @@ def tokenize_masked(
     cut = _cut(texts, context_length, special)
     masked = [mask_tokens(ids, rng, share, special) for ids, rng in zip(cut, rngs, strict=True)]
     tokens = _rows([ids for ids, _ in masked], special.start, special.end, special.pad)
-    around = [tuple(NO_LABEL for _ in ids) for ids in (special.start, special.end)]
-    return tokens, _rows([labels for _, labels in masked], *around, NO_LABEL)
+    start, end = ((NO_LABEL,) * len(ids) for ids in (special.start, special.end))
+    return tokens, _rows([labels for _, labels in masked], start, end, NO_LABEL)
 
 
 def _cut(texts: Sequence[Sequence[int]], context_length: int, special: SpecialTokens) -> list[Sequence[int]]:

@@ -35,6 +35,6 @@ def class_embeddings(model: TextEncoder, class_names: Sequence[str], templates: 
         names = class_names[start : start + step]
         prompts = [fill(template, name) for name in names for template in templates]
         embeddings = functional.normalize(torch.as_tensor(model.encode_text(prompts)).float().cpu(), dim=-1)
-        means.append(embeddings.unflatten(0, (len(names), len(templates))).mean(1))
+        means.append(torch.unflatten(embeddings, 0, (len(names), len(templates))).mean(1))
     whole = torch.cat(means)
     return functional.normalize(whole.flatten(1), dim=-1).view_as(whole)

@@ -18,9 +18,12 @@ from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config
 from declip.recipe import Recipe
 
-# open_clip's own mean and standard deviation, so that a finished run opens there with the same preprocessing.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+# Mean and standard deviation of pixels by name; the first are open_clip's own.
+NORMALIZATIONS = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,8 @@ class DualEncoder(nn.Module):
             raise InputError("model.text: this tower's tokenizer has no mask token, which the masked text view needs.")
         own = masked and not self.text.own_mask
         self.mask_embedding = nn.Parameter(torch.randn(self.text.width) * 0.02) if own else None
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1) * 255, persistent=False)
+        for name, value in zip(("mean", "std"), NORMALIZATIONS[recipe.model.normalization], strict=True):
+            self.register_buffer(name, torch.tensor(value).view(3, 1, 1) * 255, persistent=False)
 
     def _read_terms(self, recipe: Recipe) -> None:
         """What the recipe's terms ask for beyond embeddings; raises InputError where a tower cannot give it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,9 +10,7 @@ from torch import Tensor
 from declip.model.heads import TokenMappings
 from declip.model.image_tower import encode_image
 from declip.model.text_tower import encode_text, needs_full_captions, trim
-
-if TYPE_CHECKING:
-    from declip.model.towers import Towers
+from declip.model.towers import Towers
 
 
 class TokenWise(NamedTuple):

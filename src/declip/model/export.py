@@ -11,7 +11,7 @@ from torch import Tensor
 
 from declip.errors import InputError
 from declip.files import save_weights, write_atomically
-from declip.model.dual_encoder import MEAN, STD
+from declip.model.dual_encoder import NORMALIZATIONS
 from declip.model.towers import model_config
 from declip.recipe import Recipe
 
@@ -53,9 +53,10 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def open_clip_config(recipe: Recipe) -> dict[str, Any]:
     """What open_clip_config.json says of a trained recipe: towers, preprocessing, and how image and text compare."""
+    mean, std = NORMALIZATIONS[recipe.model.normalization]
     config: dict[str, Any] = {
         "model_cfg": model_config(recipe.model),
-        "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "shortest"},
+        "preprocess_cfg": {"mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "shortest"},
     }
     if recipe.similarity == "token_wise":
         config["declip"] = {"similarity": "token_wise", "mask_padding": not recipe.pads_captions}
@@ -68,8 +69,11 @@ def is_open_clip_folder(folder: Path) -> bool:
 
 def read_open_clip_folder(folder: Path) -> FinishedModel:
     """Read what `FinishedModel.write` or open_clip wrote; raises InputError where a file is damaged."""
-    config = json.loads((folder / CONFIG).read_text("utf-8")) if (folder / CONFIG).is_file() else {}
-    if "model_cfg" not in config:
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG} cannot be opened: {error}.") from None
+    if not isinstance(config, dict) or "model_cfg" not in config:
         raise InputError(f"{folder / CONFIG} describes no model: it has no model_cfg.")
     heads = read_weights(folder / HEADS) if (folder / HEADS).is_file() else {}
     return FinishedModel(config, read_weights(folder / WEIGHTS), heads)
@@ -83,4 +87,4 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        raise InputError(f"{path} cannot be opened: {str(error).splitlines()[0]}.") from None

@@ -11,9 +11,9 @@ import dataclasses
 import errno
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,73 +21,64 @@ import torch
 from torch import Tensor
 
 from declip.errors import InputError
+from declip.files import write_atomically
+from declip.model.dual_encoder import MEAN, STD
+from declip.model.export import read_weights
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG, PREPROCESSOR, VOCAB = "config.json", "preprocessor_config.json", "vocab.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
-    "spiece.model tokenizer.model"
-).split()
+TOKENIZER_FILES = [VOCAB, "merges.txt", "spiece.model", "tokenizer.model", "added_tokens.json", "tokenizer.json"]
+TOKENIZER_FILES += ["tokenizer_config.json", "special_tokens_map.json"]
 NAMES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 EOT, VOCABULARY = 49407, 49408  # of open_clip's own tokenizer
 LEGACY_EOT = 2  # with this, transformers takes the highest token of a caption, as open_clip's argmax does
-ACTIVATIONS = {"quick_gelu": {}, "gelu": {}, "gelu_pytorch_tanh": {"approximate": "tanh"}}  # open_clip's act_kwargs
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
+TANH = {"approximate": "tanh"}  # open_clip's act_kwargs for the last of these
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
-MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]  # CLIP's
 
 # What transformers takes where config.json leaves a field out.
 _TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 _CLIP = {**_TOWER, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _SIGLIP = {**_TOWER, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "eos_token_id": EOT}
+_TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
 _IMAGE = {"num_channels": 3, "image_size": 224}
-DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
-    ("clip", "text_config"): {**_CLIP, **_TEXT, "vocab_size": VOCABULARY, "max_position_embeddings": 77},
-    ("clip", "vision_config"): {**_CLIP, **_IMAGE, "patch_size": 32},
-    ("siglip", "text_config"): {**_SIGLIP, "vocab_size": 32000, "max_position_embeddings": 64},
-    ("siglip", "vision_config"): {**_SIGLIP, **_IMAGE, "patch_size": 16, "vision_use_head": True},
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "clip": {
+        "text_config": _CLIP | _TEXT | {"vocab_size": VOCABULARY, "max_position_embeddings": 77, "eos_token_id": EOT},
+        "vision_config": _CLIP | _IMAGE | {"patch_size": 32},
+    },
+    "siglip": {
+        "text_config": _SIGLIP | {"vocab_size": 32000, "max_position_embeddings": 64},
+        "vision_config": _SIGLIP | _IMAGE | {"patch_size": 16, "vision_use_head": True},
+    },
 }
-_SIZES = {  # in both sides' words
-    **{"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"},
-    **{"image_size": "image_size", "patch_size": "patch_size"},
-    **{"vocab_size": "vocab_size", "max_position_embeddings": "context_length"},
-}
-# Fields of open_clip's configs that are translated, or change nothing in a trained CLIPModel or SiglipModel.
-_FREE = {
-    "vision_cfg": "layers width head_width mlp_ratio patch_size image_size act_kwargs norm_kwargs patch_dropout "
-    "pos_embed_type attn_pooler_queries attn_pooler_heads timm_model_pretrained timm_drop timm_drop_path",
-    "text_cfg": "layers width heads mlp_ratio context_length vocab_size act_kwargs norm_kwargs pool_type eos_id pad_id "
-    "hf_tokenizer_name tokenizer_mode tokenizer_kwargs hf_model_pretrained hf_proj_type hf_pooler_type",
-    "model_cfg": "embed_dim vision_cfg text_cfg quick_gelu custom_text init_logit_scale nonscalar_logit_scale",
-}
-_SIGLIP_NEEDS = {"no_causal_mask": True, "proj_bias": True, "timm_pool": "map", "timm_proj": "none"}
-_REASONS = {
-    "proj_bias": "whose text projection has no bias",
-    "timm_model_name": "as transformers knows, of timm's image towers, only SigLIP's with attention pooling",
-    "init_logit_bias": "whose logits have no bias",
-    "pool_type": "which embeds by the end token, or in a SiglipModel the last",
+_SIZES = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
+_SIZES |= {"max_position_embeddings": "context_length"} | {x: x for x in ("vocab_size", "image_size", "patch_size")}
+
+# Settings of open_clip that may differ after a way there and back: they are for training only, of the tokenizer,
+# idle in these towers, or said in other words.
+_NEUTRAL = {
+    *("vision_cfg", "text_cfg", "custom_text", "init_logit_scale", "nonscalar_logit_scale", "mlp_ratio", "eos_id"),
+    *("patch_dropout", "pos_embed_type", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained"),
+    *("timm_drop", "timm_drop_path", "pad_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
 }
 
-# From open_clip's names of tensors to transformers'; "?" stands for q, k and v, which open_clip keeps in one tensor.
-_RENAMED = (
-    (r"^visual\.(transformer\.resblocks|trunk\.blocks)\.", "vision_model.encoder.layers."),
-    (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.(positional_embedding|trunk\.pos_embed)$", "vision_model.embeddings.position_embedding.weight"),
-    (r"^visual\.(conv1|trunk\.patch_embed\.proj)\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # the slip is theirs
-    (r"^visual\.(ln_post|trunk\.norm)\.", "vision_model.post_layernorm."),
-    (r"^visual\.trunk\.attn_pool\.latent$", "vision_model.head.probe"),
-    (r"^visual\.trunk\.attn_pool\.(q|kv)\.", "vision_model.head.attention.in_proj_"),  # here open_clip has two
-    (r"^visual\.trunk\.attn_pool\.proj\.", "vision_model.head.attention.out_proj."),
-    (r"^visual\.trunk\.attn_pool\.norm\.", "vision_model.head.layernorm."),
-    (r"^visual\.trunk\.attn_pool\.mlp\.", "vision_model.head.mlp."),
-    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
-    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
-    (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
-    (r"^ln_final\.", "text_model.final_layer_norm."),
-    (r"^text_projection\.", "text_model.head."),
-    (r"^text_projection$", "text_projection.weight"),
+# transformers' names of tensors, joined along their first axis -> open_clip's names of the same, joined likewise
+Pairs = dict[tuple[str, ...], list[str]]
+_PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}  # transposed
+_RENAMED = (  # within a tower; "?" stands for q, k and v, which open_clip has in one tensor
+    (r"^(transformer\.resblocks|trunk\.blocks)\.", "encoder.layers."),
+    (r"^(positional_embedding|trunk\.pos_embed)$", "embeddings.position_embedding.weight"),
+    (r"^(class_embedding|token_embedding)", r"embeddings.\1"),
+    (r"^(conv1|trunk\.patch_embed\.proj)\.", "embeddings.patch_embedding."),
+    (r"^ln_pre\.", "pre_layrnorm."),  # the slip is theirs
+    (r"^(ln_post|trunk\.norm)\.", "post_layernorm."),
+    (r"^ln_final\.", "final_layer_norm."),
+    (r"^(text_projection|trunk\.attn_pool)\.", "head."),
+    (r"^head\.latent$", "head.probe"),
+    (r"^head\.(q|kv)\.", "head.attention.in_proj_"),  # one tensor here, two of open_clip
+    (r"^head\.proj\.", "head.attention.out_proj."),
+    (r"^head\.norm\.", "head.layernorm."),
     (r"\.(ln_|norm)(?=[12]\.)", ".layer_norm"),
     (r"\.attn\.(out_)?proj\.", ".self_attn.out_proj."),
     (r"\.attn\.(in_proj_|qkv\.)", ".self_attn.?_proj."),
@@ -108,8 +99,8 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A Hugging Face folder as open_clip's config (`model_cfg` and `preprocess_cfg`) and tensors on the CPU.
 
     Written as open_clip_config.json and open_clip_model.safetensors they make a folder that open_clip opens. Where the
-    config has `hf_tokenizer_name`, open_clip wants the tokenizer's files there too: see `copy_tokenizer`. Images are
-    resized straight to the model's size, whatever sizes the Hugging Face folder resizes and crops to.
+    config has `hf_tokenizer_name`, which is `folder`, open_clip wants its TOKENIZER_FILES there too. Images are resized
+    straight to the model's size, whatever sizes the Hugging Face folder resizes and crops to.
 
     Raises InputError where the folder holds no such model, a file of it is broken, a tensor is missing, left over or
     of another shape, or open_clip cannot represent the model.
@@ -121,16 +112,11 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise InputError(f"{path} is of model_type {kind!r}: give a folder of a CLIPModel or a SiglipModel.")
     model = _model_from(config, kind, path)
     found = {"model_cfg": model, "preprocess_cfg": _preprocessing(folder, kind)}
-    skeleton = _skeleton(model, path)
+    skeleton = _skeleton(model, str(path))
     pairs = _pairs(skeleton)
     tensors = {n: tensor for n, tensor in _tensors(folder).items() if not n.endswith("embeddings.position_ids")}
-    _check(tensors, _to_theirs(pairs, skeleton, kind), folder)
-    state: dict[str, Tensor] = {}
-    for theirs, ours in pairs.items():
-        parts = _joined(tensors, theirs, theirs).split([len(skeleton[n]) for n in ours]) if len(ours) > 1 else None
-        for name, part in zip(ours, parts or [_joined(tensors, theirs, theirs)], strict=True):
-            state[name] = part.reshape(skeleton[name].shape).contiguous()
-    return found, state
+    _check(tensors, _to_theirs(pairs, skeleton, kind), str(folder))
+    return found, _to_ours(pairs, tensors, skeleton)
 
 
 def write_huggingface(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -143,65 +129,65 @@ def write_huggingface(folder: Path, config: dict[str, Any], state: dict[str, Ten
     """
     from safetensors.torch import save
 
-    model = json.loads(json.dumps(config.get("model_cfg", config)))  # a copy, in which tuples are lists
-    name = str(model["vision_cfg"].get("timm_model_name"))
-    kind = "siglip" if re.fullmatch(r"vit_\w+_patch\d+_siglip_\d+(\.\w+)?", name) else "clip"
-    theirs = _model_to(model, kind)
+    model, options = json.loads(json.dumps([config.get("model_cfg", config), config.get("declip", {})]))
+    if "text_cfg" not in model or options.get("towers") == "image":
+        raise InputError("A model without a text tower cannot be written as a CLIPModel: keep it as it is.")
+    if options.get("similarity", "embedding") != "embedding":
+        raise _refusal("clip", "declip.similarity", options["similarity"], "which compares embeddings")
+    if name := model["text_cfg"].get("hf_model_name"):
+        raise _refusal("clip", "text_cfg.hf_model_name", name, "whose text tower is its own")
+    kind = "siglip" if re.fullmatch(r"vit_\w+_siglip_\d+", model["vision_cfg"].get("timm_model_name") or "") else "clip"
     skeleton = _skeleton(model, "model_cfg")
+    theirs = _model_to(model, kind)
+    size, length = theirs["vision_config"]["image_size"], theirs["text_config"]["max_position_embeddings"]
+    processor = _processor(config.get("preprocess_cfg", {}), size, options.get("resize", size), kind)
     _check(state, skeleton, "The state")
     tensors = _to_theirs(_pairs(skeleton), state, kind)
     if kind == "siglip":
         tensors.setdefault("logit_bias", torch.zeros(1))  # no bias is a bias of 0
-    files: dict[str, Any] = {WEIGHTS: save(tensors, {"format": "pt"})}
-    files[PREPROCESSOR] = _processor(config.get("preprocess_cfg", {}), theirs["vision_config"]["image_size"], kind)
-    source = model["text_cfg"].get("hf_tokenizer_name")
-    if kind == "clip" and not source:
-        files |= _tokenizer_files(theirs["text_config"]["max_position_embeddings"])
+    files: dict[str, Any] = {WEIGHTS: save(tensors, {"format": "pt"}), PREPROCESSOR: processor}
+    if source := model["text_cfg"].get("hf_tokenizer_name"):
+        found = [Path(source) / name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+        files |= {path.name: path.read_bytes() for path in found}
+    elif kind == "clip":
+        files |= _tokenizer_files(length)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if source:
-            copy_tokenizer(Path(source), folder)
         for name, data in {**files, CONFIG: theirs}.items():  # the config last: with it the folder is whole
-            _write(folder / name, data)
+            content = data if isinstance(data, bytes) else json.dumps(data, indent=2, ensure_ascii=False).encode()
+            write_atomically(folder / name, partial(Path.write_bytes, data=content))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(f"{folder} cannot be written ({error.strerror}): give another folder.") from None
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files of a Hugging Face tokenizer, those that there are, from one folder to another."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file() and source.resolve() != folder.resolve():
-            _write(folder / name, (source / name).read_bytes())
-
-
-def _skeleton(model: dict[str, Any], where: Path | str) -> dict[str, Tensor]:
+def _skeleton(model: dict[str, Any], where: str) -> dict[str, Tensor]:
     """The tensors of the model that open_clip would build, without memory: names and shapes."""
     from open_clip.model import CLIP, CustomTextCLIP
 
     settings = {name: value for name, value in model.items() if name != "custom_text"}
-    settings["vision_cfg"] = {**model["vision_cfg"], "timm_model_pretrained": False}
     try:
+        settings["vision_cfg"] = {**model["vision_cfg"], "timm_model_pretrained": False}
         with torch.device("meta"):
             return dict((CustomTextCLIP if model.get("custom_text") else CLIP)(**settings).state_dict())
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
         raise InputError(f"{where}: open_clip cannot build this model: {error}.") from None
 
 
-def _pairs(skeleton: Mapping[str, Tensor]) -> dict[tuple[str, ...], list[str]]:
-    """For tensors of transformers, joined along their first axis, those of open_clip that are the same when joined."""
-    pairs: dict[tuple[str, ...], list[str]] = {}
+def _pairs(skeleton: Mapping[str, Tensor]) -> Pairs:
+    pairs: Pairs = {}
     for ours in skeleton:
-        theirs = ours.removeprefix("text.")
+        inner, theirs = ours.removeprefix("text.").removeprefix("visual."), _PROJECTIONS.get(ours.removeprefix("text."))
         for pattern, replacement in _RENAMED:
-            theirs = re.sub(pattern, replacement, theirs)
-        names = tuple(theirs.replace("?", letter) for letter in ("qkv" if "?" in theirs else "?"))
-        pairs.setdefault(names, []).append(ours)
+            inner = re.sub(pattern, replacement, inner)
+        tower = "" if inner.startswith("logit_") else "vision_model." if ours.startswith("visual.") else "text_model."
+        names = [(theirs or tower + inner).replace("?", letter) for letter in ("qkv" if "?" in inner else "?")]
+        pairs.setdefault(tuple(names), []).append(ours)
     return pairs
 
 
-def _to_theirs(pairs: dict[tuple[str, ...], list[str]], state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def _to_theirs(pairs: Pairs, state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for theirs, ours in pairs.items():
         whole = _joined(state, ours, theirs)
@@ -215,19 +201,26 @@ def _to_theirs(pairs: dict[tuple[str, ...], list[str]], state: Mapping[str, Tens
     return tensors
 
 
+def _to_ours(pairs: Pairs, tensors: Mapping[str, Tensor], skeleton: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for theirs, ours in pairs.items():
+        whole = _joined(tensors, theirs, theirs)
+        parts = torch.split(whole, [len(skeleton[n]) for n in ours]) if len(ours) > 1 else [whole]
+        state |= {n: part.reshape(skeleton[n].shape).contiguous().clone() for n, part in zip(ours, parts, strict=True)}
+    return state
+
+
 def _joined(tensors: Mapping[str, Tensor], names: Sequence[str], theirs: tuple[str, ...]) -> Tensor:
     whole = torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]
-    return whole.T if theirs[0] in ("text_projection.weight", "visual_projection.weight") else whole
+    return whole.T if theirs[0] in _PROJECTIONS.values() else whole
 
 
-def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: Path | str) -> None:
+def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
     """Raise InputError unless both have the same names and, but for axes of length 1, the same shapes."""
-    shapes = [{n: [s for s in t.shape if s != 1] for n, t in tensors.items()} for tensors in (found, wanted)]
-    for problem, names in {
-        "lacks": wanted.keys() - found.keys(),
-        "has besides the model": found.keys() - wanted.keys(),
-        "has in another shape than the config says": {n for n in wanted.keys() & found if shapes[0][n] != shapes[1][n]},
-    }.items():
+    sizes, others = ({n: [x for x in t.shape if x != 1] for n, t in tensors.items()} for tensors in (found, wanted))
+    problems = {"lacks": wanted.keys() - found.keys(), "has besides the model": found.keys() - wanted.keys()}
+    problems["has in another shape than its config says"] = {n for n in sizes if sizes[n] != others.get(n)}
+    for problem, names in problems.items():
         if names:
             first = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
             raise InputError(f"{where} {problem} {len(names)} tensors ({first}): take weights and config of one model.")
@@ -236,45 +229,61 @@ def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: Pat
 def _model_from(config: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
     """open_clip's model_cfg; for a SiglipModel in the words of open_clip's own ViT-B-16-SigLIP."""
     text, vision = (_fields(config, kind, part, path) for part in ("text_config", "vision_config"))
-    words, image = _tower(text, "text_config", path), _tower(vision, "vision_config", path)
-    acts = (vision["hidden_act"], text["hidden_act"])
-    if len({act == "quick_gelu" for act in acts}) > 1 or (kind == "siglip" and "quick_gelu" in acts):
-        raise InputError(f"{path}: hidden_act = {acts[0]!r} for images, {acts[1]!r} for texts: open_clip has no such {kind}.")
-    tokenizer = {"hf_tokenizer_name": str(path.parent)}
+    words, image = _tower(text), _tower(vision)
+    quick, tokenizer = text["hidden_act"] == "quick_gelu", {"hf_tokenizer_name": str(path.parent)}
+    if quick != (vision["hidden_act"] == "quick_gelu") or (quick and kind == "siglip"):
+        acts = f"{vision['hidden_act']} for images and {text['hidden_act']} for texts"
+        raise InputError(f"{path}: hidden_act is {acts}: open_clip's {kind} cannot have that.")
     if kind == "siglip":
         width, projected = vision["hidden_size"], text.get("projection_size") or text["hidden_size"]
-        if not vision["vision_use_head"] or projected != width:
-            raise InputError(f"{path}: texts become {projected} numbers and images {width}, or without vision_use_head none.")
+        if projected != width or not vision["vision_use_head"]:
+            raise InputError(f"{path}: it needs vision_use_head, and projection_size = {projected} to be {width}.")
         image = {"image_size": vision["image_size"], "timm_model_name": _timm_name(vision, path)}
         image |= {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
         # The tokenizer also where the folder has none: open_clip would take its own, whose tokens are other words.
         words |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last"} | tokenizer
-        words["tokenizer_kwargs"] = {"clean": "canonicalize"}
         more = {"embed_dim": width, "init_logit_bias": -10, "custom_text": True}
-        return more | {"vision_cfg": image, "text_cfg": words}
-    own = text["vocab_size"] == VOCABULARY
-    if text["eos_token_id"] != LEGACY_EOT and not (own and text["eos_token_id"] == EOT):
-        words |= {"pool_type": "eos", "eos_id": text["eos_token_id"]}
-    if not own or not _has_own_tokenizer(path.parent):
-        words |= tokenizer
+        return more | {"vision_cfg": image, "text_cfg": words | {"tokenizer_kwargs": {"clean": "canonicalize"}}}
+    own, end = text["vocab_size"] == VOCABULARY, text["eos_token_id"]
+    words |= {} if own else tokenizer
+    if end != LEGACY_EOT and not (own and end == EOT):
+        words |= {"pool_type": "eos", "eos_id": end}
     image["head_width"] = image["width"] // image.pop("heads")
-    model = {"embed_dim": config.get("projection_dim", 512), "vision_cfg": image, "text_cfg": words}
-    return model | ({"quick_gelu": True} if acts[0] == "quick_gelu" else {})
+    model = {"embed_dim": text["projection_dim"], "vision_cfg": image, "text_cfg": words}
+    return model | ({"quick_gelu": True} if quick else {})
 
 
-def _tower(fields: dict[str, Any], part: str, path: Path) -> dict[str, Any]:
-    width, hidden, act = fields["hidden_size"], fields["intermediate_size"], fields["hidden_act"]
-    if act not in ACTIVATIONS:
-        raise InputError(f"{path}: {part}.hidden_act = {act!r}: open_clip has only {', '.join(ACTIVATIONS)}.")
-    if width % fields["num_attention_heads"]:
-        raise InputError(f"{path}: {part}.num_attention_heads = {fields['num_attention_heads']} does not divide {width}.")
+def _fields(config: dict[str, Any], kind: str, part: str, path: Path) -> dict[str, Any]:
+    """A tower's part of config.json, with transformers' defaults for what it leaves out."""
+    defaults, given, legacy = DEFAULTS[kind][part], config.get(part) or {}, config.get(f"{part}_dict") or {}
+    if not isinstance(given, dict) or not isinstance(legacy, dict):
+        raise InputError(f"{path}: {part} is not a table of settings: fetch the file again.")
+    # In folders of early versions the part with _dict wins, with all its defaults. projection_dim is outside.
+    fields = defaults | given | (defaults | legacy if legacy and kind == "clip" else {})
+    fields |= {name: config.get(name, 512) for name in ("projection_dim",) if name in defaults}
+    for name, default in defaults.items():
+        value = fields[name]
+        alike = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
+        if not alike or (type(default) is int and value < 1) or (name == "num_channels" and value != 3):
+            raise InputError(f"{path}: {part}.{name} = {value!r} cannot be: a usual value is {default!r}.")
+    if fields["hidden_act"] not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(f"{path}: {part}.hidden_act = {fields['hidden_act']!r}: open_clip has only {known}.")
+    if fields["hidden_size"] % (heads := fields["num_attention_heads"]):
+        raise InputError(f"{path}: {part}.num_attention_heads = {heads} does not divide {fields['hidden_size']}.")
+    return fields
+
+
+def _tower(fields: dict[str, Any]) -> dict[str, Any]:
+    """A text_cfg or vision_cfg."""
+    width, hidden = fields["hidden_size"], fields["intermediate_size"]
     tower = {ours: fields[theirs] for theirs, ours in _SIZES.items() if theirs in fields}
     if hidden != 4 * width:
         exact = int(width * (hidden / width)) == hidden  # open_clip rounds down
         tower["mlp_ratio"] = hidden / width if exact else math.nextafter(hidden / width, math.inf)
     if fields["layer_norm_eps"] != 1e-5:
         tower["norm_kwargs"] = {"eps": fields["layer_norm_eps"]}
-    return tower | ({"act_kwargs": dict(ACTIVATIONS[act])} if ACTIVATIONS[act] else {})
+    return tower | ({"act_kwargs": dict(TANH)} if fields["hidden_act"] == ACTIVATIONS[2] else {})
 
 
 def _timm_name(vision: dict[str, Any], path: Path) -> str:
@@ -285,7 +294,7 @@ def _timm_name(vision: dict[str, Any], path: Path) -> str:
         if all(vision[field] == size for field, size in _timm_tower(name).items() if field != "hidden_act"):
             return str(name)
     sizes = ", ".join(f"{n} = {vision[n]}" for n in ("hidden_size", "num_hidden_layers", "patch_size", "image_size"))
-    raise InputError(f"{path}: open_clip builds only SigLIPs that timm names, and it names none like this ({sizes}, …).")
+    raise InputError(f"{path}: open_clip can build only SigLIPs that timm names, and it names none with {sizes}.")
 
 
 def _timm_tower(name: str) -> dict[str, Any]:
@@ -293,28 +302,12 @@ def _timm_tower(name: str) -> dict[str, Any]:
     import timm
 
     with torch.device("meta"):
-        trunk = timm.create_model(name, num_classes=0, global_pool="map")
+        trunk: Any = timm.create_model(name, num_classes=0, global_pool="map")
     block, patches = trunk.blocks[0], trunk.patch_embed
-    sizes = {"hidden_size": trunk.embed_dim, "intermediate_size": block.mlp.fc1.out_features, "num_channels": 3}
+    sizes = {"hidden_size": trunk.embed_dim, "intermediate_size": block.mlp.fc1.out_features}
     sizes |= {"num_hidden_layers": len(trunk.blocks), "num_attention_heads": block.attn.num_heads}
     sizes |= {"image_size": patches.img_size[0], "patch_size": patches.patch_size[0], "layer_norm_eps": trunk.norm.eps}
-    return sizes | {"hidden_act": "gelu_pytorch_tanh" if "tanh" in repr(block.mlp.act).lower() else "gelu"}
-
-
-def _fields(config: dict[str, Any], kind: str, part: str, path: Path) -> dict[str, Any]:
-    """A tower's part of config.json, with transformers' defaults for what it leaves out."""
-    defaults, given, legacy = DEFAULTS[kind, part], config.get(part) or {}, config.get(f"{part}_dict") or {}
-    if not isinstance(given, dict) or not isinstance(legacy, dict):
-        raise InputError(f"{path}: {part} is not a table of settings: fetch the file again.")
-    # In folders of early versions the part with _dict wins, with all its defaults.
-    fields = defaults | given | (defaults | legacy if legacy and kind == "clip" else {})
-    checked = {"projection_dim": config.get("projection_dim", 512), **{name: fields[name] for name in defaults}}
-    for name, value in checked.items():
-        default = defaults.get(name, 512)
-        alike = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
-        if not alike or (type(default) is int and value < 1) or (name == "num_channels" and value != 3):
-            raise InputError(f"{path}: {part}.{name} = {value!r} cannot be: a usual value is {default!r}.")
-    return fields
+    return sizes | {"hidden_act": ACTIVATIONS[1 + ("tanh" in repr(block.mlp.act).lower())]}
 
 
 def _preprocessing(folder: Path, kind: str) -> dict[str, Any]:
@@ -333,21 +326,8 @@ def _preprocessing(folder: Path, kind: str) -> dict[str, Any]:
     return {"mean": mean, "std": std, "interpolation": INTERPOLATIONS[resample], "resize_mode": mode}
 
 
-def _has_own_tokenizer(folder: Path) -> bool:
-    """Whether a folder's vocabulary is open_clip's own; a folder without a tokenizer counts as one that has it."""
-    own = _tokenizer_files(0)["vocab.json"]
-    if (folder / "vocab.json").is_file():
-        return bool(_json(folder / "vocab.json") == own)
-    if (folder / "tokenizer.json").is_file():
-        return bool((_json(folder / "tokenizer.json").get("model") or {}).get("vocab") == own)
-    return not any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name; nothing is unpickled."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     files = {WEIGHTS}
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         shards = _json(folder / INDEX).get("weight_map")
@@ -356,23 +336,91 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         pickled = any(folder.glob("pytorch_model*.bin"))
         why = "only a pytorch_model.bin, which could run code when opened" if pickled else f"no {WEIGHTS}"
         raise InputError(f"{folder} holds {why}: save the model again with transformers' save_pretrained.")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(files):
-        try:
-            tensors |= load_file(folder / name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{folder / name} cannot be read ({str(error)[:200]}): fetch it again.") from None
-    return tensors
+    return {name: tensor for file in sorted(files) for name, tensor in read_weights(folder / file).items()}
 
 
 def _model_to(model: dict[str, Any], kind: str) -> dict[str, Any]:
-    """config.json for an open_clip model_cfg; raises InputError where there is none."""
+    """config.json for an open_clip model_cfg; raises InputError where reading that would give another model."""
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-    timm_name = {"timm_model_name": model["vision_cfg"].get("timm_model_name")}
-    needed = {**_SIGLIP_NEEDS, **timm_name, "init_logit_bias": model.get("init_logit_bias")} if kind == "siglip" else {}
-    _settings(model, {}, needed, "model_cfg", kind)
-    vision = _settings(model["vision_cfg"], CLIPVisionCfg, needed, "vision_cfg", kind)
-    text = _settings(model["text_cfg"], CLIPTextCfg, needed, "text_cfg", kind)
-    pool, size = text["pool_type"], vision["image_size"]
-    ...
+    usual = {"vision_cfg": dataclasses.asdict(CLIPVisionCfg()), "text_cfg": dataclasses.asdict(CLIPTextCfg())}
+    vision, text = (usual[part] | model[part] for part in usual)
+    if not isinstance(vision["layers"], int):
+        raise _refusal(kind, "vision_cfg.layers", vision["layers"], "whose image tower is no ResNet")
+    quick, width = bool(model.get("quick_gelu")), model["embed_dim"]
+    vision["heads"] = vision["width"] // vision["head_width"]
+    image = _timm_tower(vision["timm_model_name"]) if kind == "siglip" else _tower_to(vision, quick)
+    argmax = LEGACY_EOT if text["hf_tokenizer_name"] else EOT
+    words = {**_tower_to(text, quick), "eos_token_id": text["eos_id"] if text["pool_type"] == "eos" else argmax}
+    words |= {"model_type": f"{kind}_text_model", "projection_size": width}
+    config = {"architectures": [NAMES[kind]], "model_type": kind, "projection_dim": width, "text_config": words}
+    config["vision_config"] = {**image, "model_type": f"{kind}_vision_model"}
+    back = {"init_logit_bias": None, **_model_from(config, kind, Path(CONFIG))}
+    if kind == "siglip":
+        back["init_logit_bias"] = model.get("init_logit_bias")
+    parts = {"model_cfg": (model, back)} | {
+        part: (usual[part] | model[part], usual[part] | back[part]) for part in usual
+    }
+    for part, (given, again) in parts.items():
+        for name in given.keys() - _NEUTRAL:
+            if _plain(given[name]) != _plain(again.get(name)):
+                raise _refusal(kind, f"{part}.{name}", given[name])
+    return config
+
+
+def _refusal(kind: str, name: str, value: Any, why: str = "which has no setting for that") -> InputError:
+    return InputError(f"{name} = {value!r} cannot be written as a {NAMES[kind]}, {why}: keep the open_clip folder.")
+
+
+def _plain(value: Any) -> Any:
+    """A setting in the simplest words that mean the same."""
+    if isinstance(value, list) and len(set(value)) == 1:
+        return value[0]
+    return None if value in (False, {}, {"eps": 1e-5}, {"approximate": "none"}) else value
+
+
+def _tower_to(tower: dict[str, Any], quick: bool) -> dict[str, Any]:
+    act = ACTIVATIONS[0] if quick else ACTIVATIONS[2] if _plain(tower["act_kwargs"]) else ACTIVATIONS[1]
+    sizes = {theirs: tower[ours] for theirs, ours in _SIZES.items() if ours in tower}
+    sizes = {name: max(size) if isinstance(size, list) else size for name, size in sizes.items()}
+    eps = (tower["norm_kwargs"] or {}).get("eps", 1e-5)
+    hidden = int(tower["width"] * tower["mlp_ratio"])
+    return {**sizes, "intermediate_size": hidden, "layer_norm_eps": eps, "hidden_act": act}
+
+
+def _processor(preprocess: dict[str, Any], size: int, resize: int, kind: str) -> dict[str, Any]:
+    """preprocessor_config.json for open_clip's preprocess_cfg, whose defaults are CLIP's."""
+    found = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"} | preprocess
+    resample = {name: number for number, name in INTERPOLATIONS.items()}.get(found["interpolation"])
+    if resample is None or found["resize_mode"] not in ("shortest", "squash"):
+        raise _refusal(kind, "preprocess_cfg", {name: found[name] for name in ("interpolation", "resize_mode")})
+    squash, square = found["resize_mode"] == "squash", {"height": size, "width": size}
+    name = "SiglipImageProcessor" if kind == "siglip" and squash else "CLIPImageProcessor"
+    steps = dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True)
+    sizes = {"size": square if squash else {"shortest_edge": resize}, "crop_size": square, "do_center_crop": not squash}
+    numbers = {"image_mean": found["mean"], "image_std": found["std"], "resample": resample, "rescale_factor": 1 / 255}
+    return {"image_processor_type": name, **steps, **numbers, **sizes}
+
+
+def _tokenizer_files(length: int) -> dict[str, Any]:
+    """open_clip's own tokenizer as files that transformers' CLIPTokenizer reads."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer = SimpleTokenizer()
+    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks), ""]
+    return {
+        VOCAB: {special.get(token, token): number for token, number in tokenizer.encoder.items()},
+        "merges.txt": "\n".join(merges).encode(),
+        "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": length},
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give a folder that save_pretrained wrote.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a table of settings: give a folder that save_pretrained wrote.")
+    return found

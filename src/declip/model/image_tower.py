@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from declip.model.towers import Towers
+
 if TYPE_CHECKING:
     from open_clip.modified_resnet import AttentionPool2d
     from open_clip.timm_model import TimmModel
     from open_clip.transformer import VisionTransformer
-
-    from declip.model.towers import Towers
 
 
 class EncodedImages(NamedTuple):

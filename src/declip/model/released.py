@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import InputError
+from declip.model.dual_encoder import NORMALIZATIONS
 from declip.model.export import FinishedModel
 from declip.model.heads import ContrastiveHead, Predictor, Projector
 from declip.model.towers import build_from_config
@@ -23,7 +24,6 @@ from declip.model.towers import build_from_config
 VOCABULARY = 49409
 # Released row -> ours: words, start, end, mask. Their mask token is 49406, their start and end tokens come after it.
 ROWS = torch.cat([torch.arange(49406), torch.tensor([49407, 49408, 49406])])
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 TEXT = ("encode_text.", "text_encoder.")  # the second is SLIP's
 HEADS = {
     "projector.": "simsiam.projector.",
@@ -86,9 +86,10 @@ def convert_released(
     vision_cfg, embed_dim = _vision_cfg(image, where, image_heads)
     if isinstance(vision_cfg["layers"], list):
         image = {name: tensor for name, tensor in image.items() if not name.startswith("visual.fc.")}  # dead at 224 px
+    mean, std = NORMALIZATIONS["imagenet"]
     config: dict[str, Any] = {
         "model_cfg": {"embed_dim": embed_dim, "quick_gelu": True, "vision_cfg": vision_cfg},
-        "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bilinear", "resize_mode": "shortest"},
+        "preprocess_cfg": {"mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "shortest"},
         # The published evaluation: shorter side to 256, then the central 224.
         "declip": {"resize": round(vision_cfg["image_size"] * 256 / 224)},
     }
@@ -169,7 +170,9 @@ def _count(tensors: dict[str, Tensor], pattern: str) -> int:
 
 def _head_width(width: int, heads: int | None, option: str, where: str) -> int:
     if heads is None and width % 64:
-        raise InputError(f"{where}: a width of {width} is not made of heads of 64: say how many there are with {option}.")
+        raise InputError(
+            f"{where}: a width of {width} is not made of heads of 64: say how many there are with {option}."
+        )
     if heads is not None and (heads < 1 or width % heads):
         raise InputError(f"{where}: {option} {heads} does not divide the width of {width}.")
     return 64 if heads is None else width // heads

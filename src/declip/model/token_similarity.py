@@ -94,5 +94,7 @@ def similarity(queries: Tensor, items: Tensor) -> Tensor:
         return queries @ items.T
     counts = (queries != 0).any(dim=-1).to(queries.dtype)
     weights = counts / counts.sum(dim=1, keepdim=True)
-    there, _ = MeanBestMatch.apply(queries, items, weights, queries.new_empty(0), (items != 0).any(dim=-1), False)
+    there: Tensor = MeanBestMatch.apply(queries, items, weights, queries.new_empty(0), (items != 0).any(dim=-1), False)[
+        0
+    ]
     return there

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from declip.errors import InputError
 from declip.recipe import Model
 
-if TYPE_CHECKING:
-    from open_clip.model import CLIP, CustomTextCLIP
-
-    Towers = CLIP | CustomTextCLIP
+Towers: TypeAlias = Any  # open_clip's CLIP, which holds its text tower's parts itself, or its CustomTextCLIP
 
 CONTEXT_LENGTH = 77  # open_clip's, where a text tower does not say
 

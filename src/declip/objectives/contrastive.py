@@ -17,10 +17,9 @@ def symmetric_cross_entropy(image_to_text: Tensor, text_to_image: Tensor) -> Ten
     Logits [..., batch, batch], the first with a row for each image, the second with a row for each text -> [...].
     """
     losses = [
-        (logits.logsumexp(dim=-1) - logits.diagonal(dim1=-2, dim2=-1)).mean(dim=-1)
-        for logits in (image_to_text, text_to_image)
+        logits.log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1).mean(dim=-1) for logits in (image_to_text, text_to_image)
     ]
-    return (losses[0] + losses[1]) / 2
+    return -(losses[0] + losses[1]) / 2
 
 
 def multi_view_infonce(images: Tensor, texts: Tensor, logit_scale: Tensor, multi_view: float | None = None) -> Tensor:

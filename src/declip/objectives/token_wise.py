@@ -13,6 +13,7 @@ from declip.model.heads import TokenMappings
 from declip.model.token_similarity import MeanBestMatch
 from declip.objectives.contrastive import symmetric_cross_entropy
 
+
 def token_wise_similarity(
     images: Tensor, texts: Tensor, text_mask: Tensor | None = None, top_k: int | None = None
 ) -> tuple[Tensor, Tensor]:

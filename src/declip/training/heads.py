@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from declip.errors import InputError
-from declip.model.dual_encoder import DualEncoder
-from declip.model.export import WEIGHTS, is_open_clip_folder, read_open_clip_folder
+from declip.model.dual_encoder import NORMALIZATIONS, DualEncoder
+from declip.model.export import FinishedModel
+from declip.model.pretrained import read_model
 from declip.objectives.objective import Objective
+from declip.recipe import Model
 
 LEFT_OUT = ("nearest_neighbour.",)  # a queue of captions seen, nothing learnt
 
@@ -24,26 +25,38 @@ def heads_of(model: DualEncoder, objective: Objective) -> dict[str, Tensor]:
     return heads
 
 
-def start_from(folder: str, model: DualEncoder, objective: Objective) -> None:
-    """Load the towers of a finished or converted model, and the heads that the run's terms share with it.
+def start_from(options: Model, model: DualEncoder, objective: Objective) -> None:
+    """Load the towers of the model that `options.start` names, and the heads that the run's terms share with it.
 
-    A head that is not there starts anew, and a line on stderr says so. Raises InputError where the folder holds no
-    model, or one of another architecture.
+    A head that is not there starts anew, and a line on stderr says so. Raises InputError where there is no such model,
+    or it is of another architecture or was trained on pixels of another mean and deviation.
     """
-    path = Path(folder.removeprefix("local-dir:"))
-    if not is_open_clip_folder(path):
-        raise InputError(f"model.start = {folder!r} holds no finished model (no {WEIGHTS}): train or convert one first.")
-    finished = read_open_clip_folder(path)
-    _load(model.clip, finished.weights, f"model.start = {folder!r}")
+    where = f"model.start = {options.start!r}"
+    finished = read_model(options.start or "")
+    _check_pixels(finished, options, where)
+    _load(model.clip, finished.weights, where)
     for name, term in objective.terms.items():
         own = {key.removeprefix(f"{name}."): t for key, t in finished.heads.items() if key.startswith(f"{name}.")}
         if own:
-            _load(term, own, f"model.start = {folder!r}: {name}")
-        elif name not in LEFT_OUT and term.state_dict():
-            print(f"model.start: {folder} has no {name}, which starts anew.", file=sys.stderr)
+            _load(term, own, f"{where}: {name}")
+        elif any(True for _ in term.parameters()):
+            print(f"{where} has no head for {name}, which starts anew.", file=sys.stderr)
     if model.mask_embedding is not None and "mask_embedding" in finished.heads:
         with torch.no_grad():
             model.mask_embedding.copy_(finished.heads["mask_embedding"])
+
+
+def _check_pixels(finished: FinishedModel, options: Model, where: str) -> None:
+    stored = finished.config.get("preprocess_cfg", {})
+    if "mean" not in stored or "std" not in stored:
+        return
+    found = torch.tensor([stored["mean"], stored["std"]])
+    names = [name for name, pair in NORMALIZATIONS.items() if torch.allclose(found, torch.tensor(pair))]
+    if names != [options.normalization]:
+        raise InputError(
+            f"{where} was trained with model.normalization = {names[0] if names else stored['mean']}, the recipe says "
+            f"{options.normalization}: set it likewise."
+        )
 
 
 def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -48,9 +48,7 @@ class HeldOut:
         self.image_of_text = torch.tensor(owners)
 
     @torch.inference_mode()
-    def score(
-        self, model: DualEncoder, device: torch.device, token_wise: TokenWise | None = None
-    ) -> dict[str, float]:
+    def score(self, model: DualEncoder, device: torch.device, token_wise: TokenWise | None = None) -> dict[str, float]:
         """Recall at 1, 5 and 10 both ways in percent, and `score`, their mean; NaN where the model gives no numbers.
 
         token_wise: how a model that compares tokens does it.

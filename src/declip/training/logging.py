@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from declip.training.checkpoint import write_atomically
+from declip.files import write_atomically
 
 
 class _Bar(Progress):

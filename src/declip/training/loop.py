@@ -35,9 +35,9 @@ from declip.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from declip.training.heads import heads_of, start_from
 from declip.training.held_out import HeldOut
 from declip.training.logging import RunLog, cut_metrics, resident_bytes
-from declip.training.heads import heads_of, start_from
 from declip.training.optimizer import build_optimizer, learning_rate
 
 LOG_SECONDS = 0.5
@@ -68,7 +68,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
     if recipe.model.start and not going_on:
-        start_from(recipe.model.start, model, objective)
+        start_from(recipe.model, model, objective)
     held_out = None
     if held_images:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
@@ -291,7 +291,8 @@ class Run:
             self.best_score, self.best_step = metrics["score"], self.step
             self.worse_in_a_row, self.loss_at_best = 0, loss
             save_weights(self.out / WEIGHTS_BEST, self.model.clip.state_dict())
-            save_weights(self.out / HEADS_BEST, heads_of(self.model, self.objective))
+            if heads := heads_of(self.model, self.objective):
+                save_weights(self.out / HEADS_BEST, heads)
             return
         self.worse_in_a_row += 1
         if self.worse_in_a_row >= 3 and loss < self.loss_at_best and not self.warned:
