@@ -12,7 +12,7 @@ import errno
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from declip.errors import InputError
 from declip.files import write_atomically
-from declip.model.dual_encoder import MEAN, STD
+from declip.model.dual_encoder import NORMALIZATIONS
 from declip.model.export import read_weights
 
 CONFIG, PREPROCESSOR, VOCAB = "config.json", "preprocessor_config.json", "vocab.json"
@@ -33,7 +33,6 @@ NAMES = {"clip": "CLIPModel", "siglip": "SiglipModel"}
 EOT, VOCABULARY = 49407, 49408  # of open_clip's own tokenizer
 LEGACY_EOT = 2  # with this, transformers takes the highest token of a caption, as open_clip's argmax does
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
-TANH = {"approximate": "tanh"}  # open_clip's act_kwargs for the last of these
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 # What transformers takes where config.json leaves a field out.
@@ -41,30 +40,24 @@ _TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12
 _CLIP = {**_TOWER, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _SIGLIP = {**_TOWER, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 _TEXT = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "projection_dim": 512}
-_IMAGE = {"num_channels": 3, "image_size": 224}
-DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
-    "clip": {
-        "text_config": _CLIP | _TEXT | {"vocab_size": VOCABULARY, "max_position_embeddings": 77, "eos_token_id": EOT},
-        "vision_config": _CLIP | _IMAGE | {"patch_size": 32},
-    },
-    "siglip": {
-        "text_config": _SIGLIP | {"vocab_size": 32000, "max_position_embeddings": 64},
-        "vision_config": _SIGLIP | _IMAGE | {"patch_size": 16, "vision_use_head": True},
-    },
+_WORDS, _IMAGE = {"vocab_size": VOCABULARY, "max_position_embeddings": 77}, {"num_channels": 3, "image_size": 224}
+DEFAULTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("clip", "text_config"): {**_CLIP, **_TEXT, **_WORDS, "eos_token_id": EOT},
+    ("clip", "vision_config"): {**_CLIP, **_IMAGE, "patch_size": 32},
+    ("siglip", "text_config"): {**_SIGLIP, "vocab_size": 32000, "max_position_embeddings": 64},
+    ("siglip", "vision_config"): {**_SIGLIP, **_IMAGE, "patch_size": 16, "vision_use_head": True},
 }
 _SIZES = {"hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads"}
 _SIZES |= {"max_position_embeddings": "context_length"} | {x: x for x in ("vocab_size", "image_size", "patch_size")}
 
-# Settings of open_clip that may differ after a way there and back: they are for training only, of the tokenizer,
-# idle in these towers, or said in other words.
+# Settings that a way there and back may change: for training only, of the tokenizer, idle, or said in other words.
 _NEUTRAL = {
     *("vision_cfg", "text_cfg", "custom_text", "init_logit_scale", "nonscalar_logit_scale", "mlp_ratio", "eos_id"),
     *("patch_dropout", "pos_embed_type", "attn_pooler_queries", "attn_pooler_heads", "timm_model_pretrained"),
     *("timm_drop", "timm_drop_path", "pad_id", "hf_tokenizer_name", "tokenizer_mode", "tokenizer_kwargs"),
 }
 
-# transformers' names of tensors, joined along their first axis -> open_clip's names of the same, joined likewise
-Pairs = dict[tuple[str, ...], list[str]]
+Pairs = dict[tuple[str, ...], list[str]]  # transformers' names of tensors and open_clip's; joined, they are the same
 _PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}  # transposed
 _RENAMED = (  # within a tower; "?" stands for q, k and v, which open_clip has in one tensor
     (r"^(transformer\.resblocks|trunk\.blocks)\.", "encoder.layers."),
@@ -98,46 +91,40 @@ def is_huggingface_folder(folder: Path) -> bool:
 def read_huggingface(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A Hugging Face folder as open_clip's config (`model_cfg` and `preprocess_cfg`) and tensors on the CPU.
 
-    Written as open_clip_config.json and open_clip_model.safetensors they make a folder that open_clip opens. Where the
-    config has `hf_tokenizer_name`, which is `folder`, open_clip wants its TOKENIZER_FILES there too. Images are resized
-    straight to the model's size, whatever sizes the Hugging Face folder resizes and crops to.
-
+    Where the config has `hf_tokenizer_name`, which is `folder`, a folder for open_clip wants its TOKENIZER_FILES too.
+    Images are resized straight to the model's size, whatever sizes the Hugging Face folder resizes and crops to.
     Raises InputError where the folder holds no such model, a file of it is broken, a tensor is missing, left over or
     of another shape, or open_clip cannot represent the model.
     """
     path = folder / CONFIG
     config = _json(path)
-    kind = config.get("model_type")
-    if kind not in tuple(NAMES):
+    if (kind := config.get("model_type")) not in tuple(NAMES):
         raise InputError(f"{path} is of model_type {kind!r}: give a folder of a CLIPModel or a SiglipModel.")
     model = _model_from(config, kind, path)
-    found = {"model_cfg": model, "preprocess_cfg": _preprocessing(folder, kind)}
     skeleton = _skeleton(model, str(path))
     pairs = _pairs(skeleton)
     tensors = {n: tensor for n, tensor in _tensors(folder).items() if not n.endswith("embeddings.position_ids")}
     _check(tensors, _to_theirs(pairs, skeleton, kind), str(folder))
-    return found, _to_ours(pairs, tensors, skeleton)
+    return {"model_cfg": model, "preprocess_cfg": _preprocessing(folder, kind)}, _to_ours(pairs, tensors, skeleton)
 
 
 def write_huggingface(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Write an open_clip config and its tensors as a Hugging Face folder, which is made where there is none.
 
     The tokenizer goes along if it is open_clip's own, or lies in the folder that `hf_tokenizer_name` names.
-
     Raises InputError where transformers cannot represent the model, `state` does not fit it, or the folder cannot be
     written; OSError where the disk is full.
     """
     from safetensors.torch import save
 
     model, options = json.loads(json.dumps([config.get("model_cfg", config), config.get("declip", {})]))
-    if "text_cfg" not in model or options.get("towers") == "image":
-        raise InputError("A model without a text tower cannot be written as a CLIPModel: keep it as it is.")
-    if options.get("similarity", "embedding") != "embedding":
-        raise _refusal("clip", "declip.similarity", options["similarity"], "which compares embeddings")
-    if name := model["text_cfg"].get("hf_model_name"):
+    for name, usual in {"towers": "both", "similarity": "embedding"}.items():
+        if options.get(name, usual) != usual:
+            raise _refusal("clip", f"declip.{name}", options[name], "which compares embeddings of images and texts")
+    if name := model.get("text_cfg", {}).get("hf_model_name"):
         raise _refusal("clip", "text_cfg.hf_model_name", name, "whose text tower is its own")
-    kind = "siglip" if re.fullmatch(r"vit_\w+_siglip_\d+", model["vision_cfg"].get("timm_model_name") or "") else "clip"
     skeleton = _skeleton(model, "model_cfg")
+    kind = "siglip" if re.search(r"_siglip_\d+$", str(model["vision_cfg"].get("timm_model_name"))) else "clip"
     theirs = _model_to(model, kind)
     size, length = theirs["vision_config"]["image_size"], theirs["text_config"]["max_position_embeddings"]
     processor = _processor(config.get("preprocess_cfg", {}), size, options.get("resize", size), kind)
@@ -172,7 +159,7 @@ def _skeleton(model: dict[str, Any], where: str) -> dict[str, Tensor]:
         with torch.device("meta"):
             return dict((CustomTextCLIP if model.get("custom_text") else CLIP)(**settings).state_dict())
     except (TypeError, ValueError, AssertionError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise InputError(f"{where}: open_clip cannot build this model: {error}.") from None
+        raise InputError(f"{where}: open_clip cannot build this model: {str(error).rstrip('.')}.") from None
 
 
 def _pairs(skeleton: Mapping[str, Tensor]) -> Pairs:
@@ -190,29 +177,24 @@ def _pairs(skeleton: Mapping[str, Tensor]) -> Pairs:
 def _to_theirs(pairs: Pairs, state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for theirs, ours in pairs.items():
-        whole = _joined(state, ours, theirs)
-        if theirs[0].endswith("position_embedding.weight"):
-            whole = whole.flatten(0, -2)  # timm's has a batch axis
-        elif theirs[0].startswith("logit_"):
-            whole = whole.reshape([] if kind == "clip" else [1])
-        parts = whole.chunk(len(theirs)) if len(theirs) > 1 else [whole]
-        # Clones: safetensors wants each tensor in memory of its own.
-        tensors |= {name: part.detach().contiguous().clone() for name, part in zip(theirs, parts, strict=True)}
+        whole = torch.cat([state[name].detach().reshape(state[name].shape or [1]) for name in ours])
+        whole = whole[0] if ours[0].endswith("pos_embed") else whole  # timm's has a batch axis
+        whole = whole.T if theirs[0] in _PROJECTIONS.values() else whole
+        for name, part in zip(theirs, whole.chunk(len(theirs)), strict=True):
+            shape = [] if name == "logit_scale" and kind == "clip" else part.shape
+            tensors[name] = part.reshape(shape).clone(memory_format=torch.contiguous_format)  # safetensors wants clones
     return tensors
 
 
 def _to_ours(pairs: Pairs, tensors: Mapping[str, Tensor], skeleton: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for theirs, ours in pairs.items():
-        whole = _joined(tensors, theirs, theirs)
-        parts = torch.split(whole, [len(skeleton[n]) for n in ours]) if len(ours) > 1 else [whole]
-        state |= {n: part.reshape(skeleton[n].shape).contiguous().clone() for n, part in zip(ours, parts, strict=True)}
+        whole = torch.cat([tensors[name].reshape(tensors[name].shape or [1]) for name in theirs])
+        whole = whole.T if theirs[0] in _PROJECTIONS.values() else whole
+        rows = [skeleton[name].numel() * len(whole) // whole.numel() for name in ours]
+        for name, part in zip(ours, torch.split(whole, rows), strict=True):
+            state[name] = part.reshape(skeleton[name].shape).clone(memory_format=torch.contiguous_format)
     return state
-
-
-def _joined(tensors: Mapping[str, Tensor], names: Sequence[str], theirs: tuple[str, ...]) -> Tensor:
-    whole = torch.cat([tensors[name] for name in names]) if len(names) > 1 else tensors[names[0]]
-    return whole.T if theirs[0] in _PROJECTIONS.values() else whole
 
 
 def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
@@ -228,12 +210,11 @@ def _check(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str
 
 def _model_from(config: dict[str, Any], kind: str, path: Path) -> dict[str, Any]:
     """open_clip's model_cfg; for a SiglipModel in the words of open_clip's own ViT-B-16-SigLIP."""
-    text, vision = (_fields(config, kind, part, path) for part in ("text_config", "vision_config"))
-    words, image = _tower(text), _tower(vision)
+    (text, words), (vision, image) = (_tower(config, kind, part, path) for part in ("text_config", "vision_config"))
     quick, tokenizer = text["hidden_act"] == "quick_gelu", {"hf_tokenizer_name": str(path.parent)}
     if quick != (vision["hidden_act"] == "quick_gelu") or (quick and kind == "siglip"):
-        acts = f"{vision['hidden_act']} for images and {text['hidden_act']} for texts"
-        raise InputError(f"{path}: hidden_act is {acts}: open_clip's {kind} cannot have that.")
+        acts = f"{vision['hidden_act']} and {text['hidden_act']}"
+        raise InputError(f"{path}: open_clip's {kind} cannot have the hidden_act of both towers ({acts}).")
     if kind == "siglip":
         width, projected = vision["hidden_size"], text.get("projection_size") or text["hidden_size"]
         if projected != width or not vision["vision_use_head"]:
@@ -253,9 +234,9 @@ def _model_from(config: dict[str, Any], kind: str, path: Path) -> dict[str, Any]
     return model | ({"quick_gelu": True} if quick else {})
 
 
-def _fields(config: dict[str, Any], kind: str, part: str, path: Path) -> dict[str, Any]:
-    """A tower's part of config.json, with transformers' defaults for what it leaves out."""
-    defaults, given, legacy = DEFAULTS[kind][part], config.get(part) or {}, config.get(f"{part}_dict") or {}
+def _tower(config: dict[str, Any], kind: str, part: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tower's part of config.json with all its defaults, and the same as a text_cfg or vision_cfg."""
+    defaults, given, legacy = DEFAULTS[kind, part], config.get(part) or {}, config.get(f"{part}_dict") or {}
     if not isinstance(given, dict) or not isinstance(legacy, dict):
         raise InputError(f"{path}: {part} is not a table of settings: fetch the file again.")
     # In folders of early versions the part with _dict wins, with all its defaults. projection_dim is outside.
@@ -266,24 +247,19 @@ def _fields(config: dict[str, Any], kind: str, part: str, path: Path) -> dict[st
         alike = type(value) is type(default) or (isinstance(default, float) and type(value) is int)
         if not alike or (type(default) is int and value < 1) or (name == "num_channels" and value != 3):
             raise InputError(f"{path}: {part}.{name} = {value!r} cannot be: a usual value is {default!r}.")
-    if fields["hidden_act"] not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise InputError(f"{path}: {part}.hidden_act = {fields['hidden_act']!r}: open_clip has only {known}.")
-    if fields["hidden_size"] % (heads := fields["num_attention_heads"]):
-        raise InputError(f"{path}: {part}.num_attention_heads = {heads} does not divide {fields['hidden_size']}.")
-    return fields
-
-
-def _tower(fields: dict[str, Any]) -> dict[str, Any]:
-    """A text_cfg or vision_cfg."""
-    width, hidden = fields["hidden_size"], fields["intermediate_size"]
+    width, heads, act = fields["hidden_size"], fields["num_attention_heads"], fields["hidden_act"]
+    if act not in ACTIVATIONS:
+        raise InputError(f"{path}: {part}.hidden_act = {act!r}: open_clip has only {', '.join(ACTIVATIONS)}.")
+    if width % heads:
+        raise InputError(f"{path}: {part}.num_attention_heads = {heads} does not divide {width}.")
     tower = {ours: fields[theirs] for theirs, ours in _SIZES.items() if theirs in fields}
-    if hidden != 4 * width:
-        exact = int(width * (hidden / width)) == hidden  # open_clip rounds down
-        tower["mlp_ratio"] = hidden / width if exact else math.nextafter(hidden / width, math.inf)
+    if (ratio := fields["intermediate_size"] / width) != 4:  # open_clip rounds width * ratio down
+        tower["mlp_ratio"] = (
+            ratio if int(width * ratio) == fields["intermediate_size"] else math.nextafter(ratio, math.inf)
+        )
     if fields["layer_norm_eps"] != 1e-5:
         tower["norm_kwargs"] = {"eps": fields["layer_norm_eps"]}
-    return tower | ({"act_kwargs": dict(TANH)} if fields["hidden_act"] == ACTIVATIONS[2] else {})
+    return fields, tower | ({"act_kwargs": {"approximate": "tanh"}} if act == ACTIVATIONS[2] else {})
 
 
 def _timm_name(vision: dict[str, Any], path: Path) -> str:
@@ -312,18 +288,20 @@ def _timm_tower(name: str) -> dict[str, Any]:
 
 def _preprocessing(folder: Path, kind: str) -> dict[str, Any]:
     """open_clip's preprocess_cfg; what the folder leaves out is as transformers has it."""
-    path, clip = folder / PREPROCESSOR, kind == "clip"
-    found = _json(path) if path.is_file() else {}
-    if not found and (path := folder / "processor_config.json").is_file():
-        found = _json(path).get("image_processor") or {}
-    mean, std = found.get("image_mean", MEAN if clip else [0.5] * 3), found.get("image_std", STD if clip else [0.5] * 3)
+    found = next(
+        (_json(path) for name in (PREPROCESSOR, "processor_config.json") if (path := folder / name).is_file()), {}
+    )
+    found = inner if isinstance(inner := found.get("image_processor", found), dict) else {}
+    usual = NORMALIZATIONS["clip" if kind == "clip" else "half"]
+    mean, std = found.get("image_mean", usual[0]), found.get("image_std", usual[1])
     if not found.get("do_normalize", True):
-        mean, std = [0.0] * 3, [1.0] * 3
-    resample, size = found.get("resample", 3), found.get("size", {} if clip else {"height": 224})
-    if resample not in INTERPOLATIONS or not all(isinstance(x, list) and len(x) == 3 for x in (mean, std)):
-        raise InputError(f"{path}: open_clip needs image_mean and image_std of 3 numbers, and a resample of 2 or 3.")
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    resample, size = found.get("resample", 3), found.get("size", {} if kind == "clip" else {"height": 224})
+    numeric = [[type(y) in (int, float) for y in x] if isinstance(x, (list, tuple)) else [] for x in (mean, std)]
+    if resample not in tuple(INTERPOLATIONS) or numeric != [[True] * 3] * 2:
+        raise InputError(f"{folder}: open_clip needs image_mean and image_std of 3 numbers, and a resample of 2 or 3.")
     mode = "squash" if isinstance(size, dict) and "height" in size else "shortest"
-    return {"mean": mean, "std": std, "interpolation": INTERPOLATIONS[resample], "resize_mode": mode}
+    return {"mean": list(mean), "std": list(std), "interpolation": INTERPOLATIONS[resample], "resize_mode": mode}
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -350,18 +328,18 @@ def _model_to(model: dict[str, Any], kind: str) -> dict[str, Any]:
     quick, width = bool(model.get("quick_gelu")), model["embed_dim"]
     vision["heads"] = vision["width"] // vision["head_width"]
     image = _timm_tower(vision["timm_model_name"]) if kind == "siglip" else _tower_to(vision, quick)
-    argmax = LEGACY_EOT if text["hf_tokenizer_name"] else EOT
-    words = {**_tower_to(text, quick), "eos_token_id": text["eos_id"] if text["pool_type"] == "eos" else argmax}
-    words |= {"model_type": f"{kind}_text_model", "projection_size": width}
-    config = {"architectures": [NAMES[kind]], "model_type": kind, "projection_dim": width, "text_config": words}
+    argmax = EOT if text["vocab_size"] == VOCABULARY and not text["hf_tokenizer_name"] else LEGACY_EOT
+    end = text["eos_id"] if text["pool_type"] == "eos" else argmax
+    words = {**_tower_to(text, quick), "eos_token_id": end, "model_type": f"{kind}_text_model"}
+    config = {"architectures": [NAMES[kind]], "model_type": kind, "text_config": words}
+    (config if kind == "clip" else words)["projection_dim" if kind == "clip" else "projection_size"] = width
     config["vision_config"] = {**image, "model_type": f"{kind}_vision_model"}
-    back = {"init_logit_bias": None, **_model_from(config, kind, Path(CONFIG))}
-    if kind == "siglip":
-        back["init_logit_bias"] = model.get("init_logit_bias")
-    parts = {"model_cfg": (model, back)} | {
-        part: (usual[part] | model[part], usual[part] | back[part]) for part in usual
-    }
-    for part, (given, again) in parts.items():
+    back = _model_from(config, kind, Path(CONFIG))
+    back["init_logit_bias"] = model.get("init_logit_bias") if kind == "siglip" else None
+    if text["pool_type"] == "eos" and end != LEGACY_EOT:
+        back["text_cfg"]["pool_type"] = "eos"  # read as argmax, which is the same, where that token is the highest
+    parts = {part: (fields | model[part], fields | back[part]) for part, fields in usual.items()}
+    for part, (given, again) in {"model_cfg": (model, back), **parts}.items():
         for name in given.keys() - _NEUTRAL:
             if _plain(given[name]) != _plain(again.get(name)):
                 raise _refusal(kind, f"{part}.{name}", given[name])
@@ -374,31 +352,29 @@ def _refusal(kind: str, name: str, value: Any, why: str = "which has no setting 
 
 def _plain(value: Any) -> Any:
     """A setting in the simplest words that mean the same."""
-    if isinstance(value, list) and len(set(value)) == 1:
-        return value[0]
+    value = value[0] if isinstance(value, list) and len(set(value)) == 1 else value
     return None if value in (False, {}, {"eps": 1e-5}, {"approximate": "none"}) else value
 
 
 def _tower_to(tower: dict[str, Any], quick: bool) -> dict[str, Any]:
     act = ACTIVATIONS[0] if quick else ACTIVATIONS[2] if _plain(tower["act_kwargs"]) else ACTIVATIONS[1]
-    sizes = {theirs: tower[ours] for theirs, ours in _SIZES.items() if ours in tower}
-    sizes = {name: max(size) if isinstance(size, list) else size for name, size in sizes.items()}
-    eps = (tower["norm_kwargs"] or {}).get("eps", 1e-5)
-    hidden = int(tower["width"] * tower["mlp_ratio"])
+    sizes = {theirs: _plain(tower[ours]) for theirs, ours in _SIZES.items() if ours in tower}
+    eps, hidden = (tower["norm_kwargs"] or {}).get("eps", 1e-5), int(tower["width"] * tower["mlp_ratio"])
     return {**sizes, "intermediate_size": hidden, "layer_norm_eps": eps, "hidden_act": act}
 
 
 def _processor(preprocess: dict[str, Any], size: int, resize: int, kind: str) -> dict[str, Any]:
     """preprocessor_config.json for open_clip's preprocess_cfg, whose defaults are CLIP's."""
-    found = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"} | preprocess
+    mean, std = NORMALIZATIONS["clip"]
+    found = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"} | preprocess
     resample = {name: number for number, name in INTERPOLATIONS.items()}.get(found["interpolation"])
     if resample is None or found["resize_mode"] not in ("shortest", "squash"):
         raise _refusal(kind, "preprocess_cfg", {name: found[name] for name in ("interpolation", "resize_mode")})
     squash, square = found["resize_mode"] == "squash", {"height": size, "width": size}
     name = "SiglipImageProcessor" if kind == "siglip" and squash else "CLIPImageProcessor"
-    steps = dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True)
     sizes = {"size": square if squash else {"shortest_edge": resize}, "crop_size": square, "do_center_crop": not squash}
     numbers = {"image_mean": found["mean"], "image_std": found["std"], "resample": resample, "rescale_factor": 1 / 255}
+    steps = dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True)
     return {"image_processor_type": name, **steps, **numbers, **sizes}
 
 
@@ -408,19 +384,18 @@ def _tokenizer_files(length: int) -> dict[str, Any]:
 
     tokenizer = SimpleTokenizer()
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks), ""]
     return {
         VOCAB: {special.get(token, token): number for token, number in tokenizer.encoder.items()},
-        "merges.txt": "\n".join(merges).encode(),
+        "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks), ""]).encode(),
         "tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer", "model_max_length": length},
     }
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no table of settings")
+        return found
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): give a folder that save_pretrained wrote.") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is not a table of settings: give a folder that save_pretrained wrote.")
-    return found

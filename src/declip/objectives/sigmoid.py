@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
 
 
-def sigmoid_loss(
-    images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk: int | None = None
-) -> Tensor:
+class _SigmoidLoss(torch.autograd.Function):
+    """The loss and, in the same pass over chunks of texts, its gradients: no chunk's logits are kept or made twice."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk: int) -> Tensor:
+        batch = images.shape[0]
+        loss = images.new_zeros(())
+        gradients = [torch.zeros_like(x) for x in (images, texts, logit_scale, logit_bias)]
+        for start in range(0, batch, chunk):
+            some = texts[start : start + chunk]
+            similarity = images @ some.T
+            logits = logit_scale * similarity + logit_bias
+            # -log σ(-x) = softplus(x) for the wrong texts, and -log σ(x) = softplus(x) - x for the right one
+            loss += F.softplus(logits).sum() - logits.diagonal(offset=-start).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            slope = logits.sigmoid_()
+            slope.diagonal(offset=-start).sub_(1)
+            gradients[0].addmm_(slope, some)
+            gradients[1][start : start + chunk] = slope.T @ images
+            gradients[2] += (slope * similarity).sum()
+            gradients[3] += slope.sum()
+        ctx.save_for_backward(logit_scale, *gradients)
+        ctx.batch = batch
+        return loss / batch
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logit_scale, images, texts, scale, bias = ctx.saved_tensors
+        gradient = gradient / ctx.batch
+        return gradient * logit_scale * images, gradient * logit_scale * texts, gradient * scale, gradient * bias, None
+
+
+def sigmoid_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk: int = 4096) -> Tensor:
     """-1/batch · Σ_ij log σ(z_ij (s · I_i T_jᵀ + b)), with z_ij = 1 where i = j and -1 elsewhere (SigLIP, eq. 1).
 
     images, texts: [batch, dim], normalised. Published start: s = 10, b = -10.
-    chunk: as many texts at once, so that memory goes with batch × chunk and not with batch²; logits are computed
-        again in the backward pass. The value is the same.
+    chunk: as many texts at once: memory goes with batch × chunk and not with batch². The value is the same.
     """
-
-    def part(start: int, some: Tensor) -> Tensor:
-        logits = logit_scale * images @ some.T + logit_bias
-        negatives = F.softplus(logits).sum()  # -log σ(-x) = softplus(x), and -log σ(x) = softplus(x) - x
-        return negatives - logits.diagonal(offset=-start).sum()
-
-    batch = images.shape[0]
-    if chunk is None or chunk >= batch:
-        return part(0, texts) / batch
-    losses = [
-        checkpoint(part, start, texts[start : start + chunk], use_reentrant=False) for start in range(0, batch, chunk)
-    ]
-    return torch.stack(losses).sum() / batch
+    loss: Tensor = _SigmoidLoss.apply(images, texts, logit_scale, logit_bias, chunk)
+    return loss
 
 
 class Sigmoid(nn.Module):
@@ -42,8 +61,6 @@ class Sigmoid(nn.Module):
 
     A pair of views is a matrix of its own: other views of the same sample are never negatives.
     """
-
-    CHUNK = 4096
 
     def __init__(self, images: int, texts: Sequence[str]) -> None:
         super().__init__()
@@ -54,7 +71,7 @@ class Sigmoid(nn.Module):
             raise ValueError("the sigmoid term needs a logit bias")
         scale, bias = features.logit_scale, features.logit_bias
         cells = [
-            sigmoid_loss(image, text, scale, bias, self.CHUNK)
+            sigmoid_loss(image, text, scale, bias)
             for image in features.unit_image[: self.images]
             for text in features.unit_texts(self.texts)
         ]

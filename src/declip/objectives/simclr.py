@@ -11,19 +11,33 @@ from declip.model.dual_encoder import Features
 from declip.model.heads import ContrastiveHead
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float = 0.1) -> Tensor:
+def nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    temperature: float = 0.1,
+    candidates: tuple[Tensor, Tensor] | None = None,
+    first: int = 0,
+) -> Tensor:
     """The normalised, temperature-scaled cross-entropy of two views (SimCLR, eq. 1).
 
     z1, z2: [batch, dim], not normalised. Each of the 2 · batch vectors is an anchor; its positive is the other view of
-    its image, its negatives are all vectors but its own two; mean over the anchors:
+    its image, its negatives are all candidates but its own two; mean over the anchors:
 
         -log exp(cos(a, p) / τ) / Σ_{c ≠ a} exp(cos(a, c) / τ)
+
+    candidates: both views of a larger batch, [all, dim] each, in which the anchors' images stand from row `first` on
+        (the batches of all processes); by default the anchors themselves.
+
+    Two matrices are multiplied; the reference's broadcast needs dim times the memory.
     """
-    both = F.normalize(torch.cat([z1, z2]), dim=-1)
-    logits = both @ both.T / temperature
-    logits.fill_diagonal_(float("-inf"))
-    positive = torch.arange(len(both), device=both.device).roll(len(z1))
-    return F.cross_entropy(logits, positive)
+    batch = len(z1)
+    anchors = F.normalize(torch.cat([z1, z2]), dim=-1)
+    others = anchors if candidates is None else F.normalize(torch.cat(candidates), dim=-1)
+    logits = anchors @ others.T / temperature
+    rows = torch.arange(first, first + batch, device=z1.device)
+    own = torch.cat([rows, rows + len(others) // 2])
+    logits = logits.scatter(1, own[:, None], float("-inf"))
+    return F.cross_entropy(logits, own.roll(batch))
 
 
 class SimCLR(nn.Module):
