@@ -288,9 +288,8 @@ def _timm_tower(name: str) -> dict[str, Any]:
 
 def _preprocessing(folder: Path, kind: str) -> dict[str, Any]:
     """open_clip's preprocess_cfg; what the folder leaves out is as transformers has it."""
-    found = next(
-        (_json(path) for name in (PREPROCESSOR, "processor_config.json") if (path := folder / name).is_file()), {}
-    )
+    files = [folder / PREPROCESSOR, folder / "processor_config.json"]
+    found = next((_json(path) for path in files if path.is_file()), {})
     found = inner if isinstance(inner := found.get("image_processor", found), dict) else {}
     usual = NORMALIZATIONS["clip" if kind == "clip" else "half"]
     mean, std = found.get("image_mean", usual[0]), found.get("image_std", usual[1])
@@ -340,7 +339,7 @@ def _model_to(model: dict[str, Any], kind: str) -> dict[str, Any]:
         back["text_cfg"]["pool_type"] = "eos"  # read as argmax, which is the same, where that token is the highest
     parts = {part: (fields | model[part], fields | back[part]) for part, fields in usual.items()}
     for part, (given, again) in {"model_cfg": (model, back), **parts}.items():
-        for name in given.keys() - _NEUTRAL:
+        for name in sorted(given.keys() - _NEUTRAL):
             if _plain(given[name]) != _plain(again.get(name)):
                 raise _refusal(kind, f"{part}.{name}", given[name])
     return config
@@ -374,8 +373,7 @@ def _processor(preprocess: dict[str, Any], size: int, resize: int, kind: str) ->
     name = "SiglipImageProcessor" if kind == "siglip" and squash else "CLIPImageProcessor"
     sizes = {"size": square if squash else {"shortest_edge": resize}, "crop_size": square, "do_center_crop": not squash}
     numbers = {"image_mean": found["mean"], "image_std": found["std"], "resample": resample, "rescale_factor": 1 / 255}
-    steps = dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True)
-    return {"image_processor_type": name, **steps, **numbers, **sizes}
+    return {"image_processor_type": name, "do_convert_rgb": True, **numbers, **sizes}
 
 
 def _tokenizer_files(length: int) -> dict[str, Any]:

@@ -1,0 +1,431 @@
+"""Released files of the public code: made from the golden states, read, converted, opened by open_clip, trained on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from conftest import pair, require_shared, write_pairs
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import declip
+from declip.cli import main
+from declip.data.captions import CLIP_TOKENS
+from declip.errors import InputError
+from declip.model.embed import embed_images, embed_texts
+from declip.model.heads import ContrastiveHead, Predictor, Projector
+from declip.model.pretrained import read_model
+from declip.model.released import ROWS, read_released
+from declip.model.token_similarity import similarity
+from declip.model.towers import build_from_config
+from declip.recipe import load_recipe
+
+TO_OURS = ROWS.argsort()
+METHODS = ("clip", "slip", "filip", "declip", "defilip")
+HEADS = ["--image-heads", "2", "--text-heads", "2"]
+State = dict[str, Tensor]
+
+
+def golden(method: str) -> State:
+    return load_file(require_shared(f"golden/{method}_vit_seed1.safetensors"))
+
+
+def released_state(method: str) -> State:
+    """The tensors as a released file holds them: float32, under `module.`."""
+    found = {k.removeprefix("state."): t for k, t in golden(method).items() if k.startswith("state.")}
+    return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
+
+
+def save(path: Path, state: State, **more: Any) -> Path:
+    torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "last_iter": 128001, **more}, path)
+    return path
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Path]:
+    """A file in the released layout, as it is or spoilt."""
+
+    def make(method: str = "declip", spoil: Callable[[State], None] = lambda state: None) -> Path:
+        state = released_state(method)
+        spoil(state)
+        return save(tmp_path / f"{method}.pth.tar", state)
+
+    return make
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_converted_file_gives_the_stored_embeddings_in_open_clip(
+    made: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    folder = tmp_path / "converted"
+    assert main(["convert", str(made(method)), str(folder), *HEADS, "--json"]) == 0
+    clip = open_clip.create_model(f"local-dir:{folder}").eval()
+    tensors = golden(method)
+    with torch.inference_mode():
+        if method in ("clip", "filip"):  # stored after the step; without batch norm in the towers that is before it too
+            images = clip.encode_image(tensors["io.images"][:, :3])
+            torch.testing.assert_close(images, tensors["io.image_embedding_0"], rtol=1e-5, atol=1e-5)
+        texts = clip.encode_text(TO_OURS[tensors["io.text_tokens_eval"]])
+    torch.testing.assert_close(texts, tensors["io.text_embedding"], rtol=1e-5, atol=1e-5)
+
+
+def test_all_views_of_declip(made: Callable[..., Path], tmp_path: Path) -> None:
+    model = declip.load(made("declip"), image_heads=2, text_heads=2)
+    tensors = golden("declip")
+    for view in (0, 1):
+        with torch.inference_mode():
+            found = model.clip.encode_image(tensors["io.images"][:, 3 * view : 3 * view + 3])  # type: ignore[operator]
+        torch.testing.assert_close(found, tensors[f"io.image_embedding_{view}"], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_are_kept_apart(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    assert main(["convert", str(made("defilip")), str(folder), *HEADS, "--json"]) == 0
+    heads, state = load_file(folder / "declip_heads.safetensors"), released_state("defilip")
+    assert {name.partition(".")[0] for name in heads} == {
+        "mask_embedding",
+        "masked_language",
+        "simsiam",
+        "token_wise",
+    }
+    words = state["module.text_label_predictor.weight"]
+    assert torch.equal(heads["masked_language.head.weight"][49408], words[49406])  # the mask token's row
+    assert torch.equal(heads["masked_language.head.weight"][49407], words[49408])  # the end token's
+    assert torch.equal(heads["mask_embedding"], state["module.encode_text.token_embedding.weight"][49406])
+    assert torch.equal(heads["token_wise.logit_scale"], state["module.logit_scale_dense"])
+    assert not [name for name in load_file(folder / "open_clip_model.safetensors") if "predictor" in name]
+
+
+def test_summary_and_preprocessing(
+    made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "converted"
+    main(["convert", str(made("slip")), str(folder), *HEADS, "--json"])
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["heads"] == ["simclr"]
+    assert (summary["image_tower"], summary["text_tower"]) == ("2 layers × 64, 64 px", "2 layers × 16")
+    preprocessing = json.loads((folder / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert preprocessing["mean"] == [0.485, 0.456, 0.406]
+    # Shorter side to 256 / 224 of the size, then the central square: a black frame is cut away.
+    image = np.zeros((146, 146, 3), np.uint8)
+    image[9:-9, 9:-9] = 255
+    pixels = declip.load(folder).preprocess(Image.fromarray(image))
+    assert pixels.shape == (3, 64, 64)
+    assert float(pixels[:, 2:-2, 2:-2].min()) > 2
+
+
+def test_filip_is_scored_token_by_token(made: Callable[..., Path]) -> None:
+    """§5: image tokens against class tokens, prompts averaged position by position, all 77 positions counting."""
+    model = declip.load(made("filip"), image_heads=2, text_heads=2)
+    assert model.token_wise is not None
+    assert not model.token_wise.mask_padding
+    tensors = golden("filip")
+    clip = model.clip
+    with torch.inference_mode():
+        images = embed_images(clip, tensors["io.images"][:, :3], model.token_wise)
+        texts = embed_texts(clip, TO_OURS[tensors["io.text_tokens_eval"]], 0, model.token_wise)
+        assert images.shape == (8, 16, 24)
+        assert texts.shape == (8, 77, 24)
+        state = released_state("filip")
+        dense = _dense_tokens(clip, tensors["io.images"][:, :3])
+        mapped = dense @ state["module.image_mapping.weight"].T + state["module.image_mapping.bias"]
+        mapped = mapped / mapped.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(images, mapped, rtol=1e-4, atol=1e-5)
+    expected = torch.einsum("iad,tbd->itab", images, texts).amax(-1).mean(-1)
+    torch.testing.assert_close(similarity(images, texts), expected, rtol=1e-5, atol=1e-5)
+    rows = model.classify(np.zeros((64, 64, 3), np.uint8), ["cat", "dog"], ["a {}", "the {}"])
+    assert sum(rows[0].values()) == pytest.approx(1)
+    prompts = model.encode_text(["a cat", "the cat", "a dog", "the dog"]).view(2, 2, 77, 24).mean(1)
+    classes = prompts / prompts.flatten(1).norm(dim=-1)[:, None, None]
+    scores = torch.einsum("ad,tbd->tab", model.encode_image(np.zeros((64, 64, 3), np.uint8))[0], classes)
+    scores = scores.amax(-1).mean(-1) * clip.logit_scale.exp().detach()  # type: ignore[operator]
+    assert rows[0]["cat"] == pytest.approx(float(scores.softmax(0)[0]), rel=1e-4)
+
+
+def _dense_tokens(clip: nn.Module, images: Tensor) -> Tensor:
+    """A ViT's patches before its last norm, caught on the way."""
+    caught: list[Tensor] = []
+    handle = clip.visual.transformer.register_forward_hook(lambda *args: caught.append(args[2]))  # type: ignore[union-attr, operator]
+    clip.encode_image(images)  # type: ignore[operator]
+    handle.remove()
+    return caught[0][:, 1:]
+
+
+def test_evaluate_a_released_filip(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    assert main(["convert", str(made("filip")), str(folder), *HEADS, "--json"]) == 0
+    pairs = write_pairs(tmp_path / "unseen.parquet", [pair(number) for number in range(12)])
+    result = declip.evaluate(str(folder), str(pairs), templates=["a {}"])
+    assert [row["task"] for row in result["results"]] == ["retrieval", "zero-shot"]
+
+
+# Full-size layouts, with few layers
+
+
+def vit(width: int, dim: int, patch: int, text: int = 512) -> State:
+    """A CLIP of the public code with random weights, two layers a tower."""
+    vision = {"image_size": 224, "layers": 2, "width": width, "head_width": 64, "patch_size": patch}
+    return _released({"vision_cfg": vision, "embed_dim": dim}, text)
+
+
+def resnet(dim: int, text: int = 512) -> State:
+    vision = {"image_size": 224, "layers": [1, 1, 1, 1], "width": 64}
+    state = _released({"vision_cfg": vision, "embed_dim": dim}, text)
+    return state | {"module.visual.fc.weight": torch.zeros(dim, 2048), "module.visual.fc.bias": torch.zeros(dim)}
+
+
+def _released(config: dict[str, Any], text: int) -> State:
+    text_cfg = {"layers": 1, "width": text, "heads": text // 64, "proj_bias": True}
+    torch.manual_seed(0)
+    clip = build_from_config({**config, "text_cfg": text_cfg, "quick_gelu": True})
+    state = {}
+    for name, tensor in clip.state_dict().items():
+        if name == "token_embedding.weight":
+            tensor = torch.cat([tensor, torch.randn(1, text)])[TO_OURS]
+        prefix = "" if name.startswith("visual.") or name == "logit_scale" else "encode_text."
+        state[f"module.{prefix}{name}"] = tensor.reshape([1]) if name == "logit_scale" else tensor
+    return state
+
+
+@pytest.mark.parametrize("build", [lambda: vit(768, 3072, 32), lambda: resnet(1024)])
+def test_architecture_from_shapes(tmp_path: Path, build: Callable[[], State]) -> None:
+    state = build()
+    finished = read_released(save(tmp_path / "file.pth.tar", state))
+    config = finished.config["model_cfg"]
+    assert config["embed_dim"] == state["module.encode_text.text_projection.bias"].shape[0]
+    assert (config["text_cfg"]["heads"], config["vision_cfg"]["image_size"]) == (8, 224)
+    model = declip.load(tmp_path / "file.pth.tar")
+    assert model.encode_image(np.zeros((300, 250, 3), np.uint8)).shape == (1, config["embed_dim"])
+    assert model.encode_text("a cat").shape == (1, config["embed_dim"])
+
+
+@pytest.mark.parametrize("prefix", ["module.visual.", "module.", "visual.", ""])
+@pytest.mark.parametrize("build", [lambda: vit(64, 3072, 32, 64), lambda: resnet(1024, 64)])
+def test_image_tower_alone(tmp_path: Path, prefix: str, build: Callable[[], State]) -> None:
+    whole = {name: t for name, t in build().items() if name.startswith("module.visual.")}
+    state = {prefix + name.removeprefix("module.visual."): tensor for name, tensor in whole.items()}
+    model = declip.load(save(tmp_path / "image.pth.tar", state))
+    image = np.random.default_rng(0).integers(0, 255, (250, 300, 3)).astype(np.uint8)
+    embedding = model.encode_image(image)
+    assert embedding.shape[0] == 1
+    with pytest.raises(InputError, match="holds an image tower alone"):
+        model.encode_text("a cat")
+    folder = tmp_path / "converted"
+    assert main(["convert", str(tmp_path / "image.pth.tar"), str(folder), "--json"]) == 0
+    assert torch.equal(declip.load(folder).encode_image(image), embedding)
+    assert main(["convert", str(folder), str(tmp_path / "hf"), "--to", "huggingface"]) == 2
+
+
+# Training goes on
+
+
+def test_training_goes_on_from_a_released_file(made: Callable[..., Path], tmp_path: Path) -> None:
+    """The first step of the converted file's own method costs what the stored weights cost, not what random ones do."""
+    pairs = write_pairs(tmp_path / "pairs.parquet", [pair(number) for number in range(16)])
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        """
+[data]
+workers = 0
+holdout = 0.0
+[model]
+embed_dim = 48
+quick_gelu = true
+normalization = "imagenet"
+image = { image_size = 64, layers = 2, width = 64, head_width = 32, patch_size = 16 }
+text = { layers = 2, width = 16, heads = 2, proj_bias = true }
+[terms.contrastive]
+images = 2
+texts = ["masked", "augmented"]
+[terms.simsiam]
+width = 64
+bottleneck = 32
+[terms.masked_language]
+[terms.nearest_neighbour]
+queue_size = 32
+[optimizer]
+lr = 1e-9
+[schedule]
+batch_size = 8
+pairs_seen = 8
+[engine]
+device = "cpu"
+precision = "float32"
+"""
+    )
+    folder = tmp_path / "converted"
+    main(["convert", str(made("declip")), str(folder), *HEADS, "--json"])
+    out = tmp_path / "out"
+    declip.train(load_recipe(recipe, [f"data.train={str(pairs)!r}", f"model.start={str(folder)!r}"]), out, quiet=True)
+    before, after = read_model(str(folder)), read_model(str(out))
+    assert before.weights.keys() == after.weights.keys()
+    for name, tensor in before.weights.items():
+        torch.testing.assert_close(after.weights[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    for name, tensor in before.heads.items():
+        if "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(after.heads[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+    for change, says in (
+        ("model.text.width=32", "of another architecture: ln_final.bias has the shape [16], not [32]"),
+        ("terms.simsiam.width=32", "simsiam is of another architecture: predictor.layer2.bias has the shape [64]"),
+        ("model.normalization=clip", "was trained with model.normalization = imagenet, the recipe says clip"),
+        ("model.start=nowhere", "There is no model 'nowhere'"),
+    ):
+        changes = [f"data.train={str(pairs)!r}", f"model.start={str(folder)!r}", change]
+        with pytest.raises(InputError) as error:
+            declip.train(load_recipe(recipe, changes), tmp_path / "other", quiet=True)
+        assert says in str(error.value)
+        assert not (tmp_path / "other").exists()
+
+
+# Files that are none of these
+
+
+def without(name: str) -> Callable[[State], None]:
+    def remove(state: State) -> None:
+        del state[name]
+
+    return remove
+
+
+def with_more(name: str) -> Callable[[State], None]:
+    def add(state: State) -> None:
+        state[name] = torch.zeros(3)
+
+    return add
+
+
+def other_shape(name: str) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        state[name] = torch.zeros(5, 5)
+
+    return change
+
+
+def openai_rows(state: State) -> None:
+    name = "module.encode_text.token_embedding.weight"
+    state[name] = state[name][:-1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (without("module.visual.ln_post.bias"), "missing: visual.ln_post.bias"),
+        (without("module.visual.conv1.weight"), "missing: visual.conv1.weight; left over: "),
+        (without("module.visual.proj"), "missing: visual.proj"),
+        (without("module.logit_scale"), "missing: logit_scale"),
+        (without("module.encode_text.positional_embedding"), "missing: encode_text.positional_embedding"),
+        (without("module.projector.bn2.running_var"), "missing: projector.bn2.running_var"),
+        (without("module.text_label_predictor.bias"), "missing: text_label_predictor.bias"),
+        (with_more("module.visual.adapter.weight"), "left over: visual.adapter.weight"),
+        (with_more("module.teacher.weight"), "left over: teacher.weight"),
+        (with_more("module.projector.bn4.weight"), "left over: projector.bn4.weight"),
+        (other_shape("module.visual.ln_post.weight"), "visual.ln_post.weight has the shape [5, 5]"),
+        (openai_rows, "its token_embedding has 49408 rows, theirs has 49409"),
+    ],
+)
+def test_other_tensors(
+    made: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[State], None],
+    says: str,
+) -> None:
+    folder = tmp_path / "converted"
+    assert main(["convert", str(made("declip", spoil)), str(folder), *HEADS]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert not folder.exists()
+
+
+class Payload:
+    """What a malicious file would do when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_no_code_is_run(tmp_path: Path) -> None:
+    state, trap = vit(64, 64, 32, 64), tmp_path / "trap"
+    path = save(tmp_path / "evil.pth.tar", state, note=Payload(trap))
+    with pytest.raises(InputError, match="holds more than tensors: it is refused"):
+        declip.load(path)
+    assert not trap.exists()
+
+
+def test_truncated_and_other_files(tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole.pth.tar", vit(64, 64, 32, 64)).read_bytes()
+    for name, content in (
+        ("cut.pth.tar", whole[:5000]),
+        ("end.pth.tar", whole[:-2000]),
+        ("empty.pth.tar", b""),
+        ("text.pth.tar", b"no checkpoint at all\n" * 20),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(InputError) as error:
+            declip.load(path)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    for name, state in (("list", [torch.zeros(2)]), ("words", {"model": {"a": "b"}}), ("nothing", {})):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(InputError, match="holds no tensors by name"):
+            declip.load(tmp_path / name)
+
+
+def test_heads_that_do_not_fit(made: Callable[..., Path]) -> None:
+    path = made("clip")
+    with pytest.raises(
+        InputError, match="a width of 16 is not made of heads of 64: say how many there are with --text-heads"
+    ):
+        declip.load(path)
+    with pytest.raises(InputError, match="--image-heads 3 does not divide the width of 64"):
+        declip.load(path, image_heads=3)
+
+
+def test_bad_destinations(made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for argv, says in (
+        ([str(made()), str(tmp_path / "full"), *HEADS], "already holds files"),
+        ([str(made()), str(tmp_path / "new"), *HEADS, "--to", "onnx"], "There is no format 'onnx'"),
+        ([str(made()), str(tmp_path / "new"), *HEADS, "--to", "huggingface"], "bias"),
+        ([str(made("filip")), str(tmp_path / "new"), *HEADS, "--to", "huggingface"], "compares tokens (FILIP)"),
+        (["nowhere", str(tmp_path / "new")], "There is no model 'nowhere'"),
+    ):
+        assert main(["convert", *argv]) == 2
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+
+
+def test_head_names_are_complete() -> None:
+    """The tensors that a head must have are those of our modules."""
+    from declip.model.released import HEAD_TENSORS
+
+    assert HEAD_TENSORS["projector."] == Projector(2, 3).state_dict().keys()
+    assert HEAD_TENSORS["predictor."] == Predictor(2, 3).state_dict().keys()
+    assert HEAD_TENSORS["predictor_sim."] == ContrastiveHead(2, 3, 4).state_dict().keys()
+    assert len(ROWS) == len(set(ROWS.tolist())) == 49409
+    assert TO_OURS[49406] == CLIP_TOKENS.mask
+
+
+def test_convert_needs_no_training_code() -> None:
+    code = "import sys; from declip.cli import main; main(['convert', 'nowhere', 'x'])\n"
+    code += "print('declip.training' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
