@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from declip.data.captions import SpecialTokens
@@ -35,6 +36,10 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a caption, without special tokens."""
         return list(self._cached(text))
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, so that open_clip finds them beside the model."""
+        self._tokenizer.save_pretrained(folder)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         cleaned = self._tokenizer.clean_fn(text)

@@ -9,7 +9,7 @@ from typing import Any
 from declip.errors import InputError
 from declip.model.export import FinishedModel
 from declip.model.huggingface import write_huggingface
-from declip.model.pretrained import read_model
+from declip.model.pretrained import open_tokenizer, read_model
 
 FORMATS = ("open_clip", "huggingface")
 
@@ -34,11 +34,26 @@ def convert(
         raise InputError(f"{folder} already holds files: give another folder.")
     finished = read_model(source, image_heads, text_heads)
     if to == "open_clip":
+        _write_tokenizer(finished, folder)
         finished.write(folder)
     else:
         _refuse_for_huggingface(finished, source)
         write_huggingface(folder, finished.config, finished.weights)
     return {"source": source, "folder": str(folder), "format": to, **summary(finished)}
+
+
+def _write_tokenizer(finished: FinishedModel, folder: Path) -> None:
+    """open_clip looks for a Hugging Face tokenizer in the model's own folder."""
+    name = finished.config["model_cfg"].get("text_cfg", {}).get("hf_tokenizer_name")
+    if not name:
+        return
+    try:
+        tokenizer = open_tokenizer(finished)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"The model's tokenizer {name!r} cannot be opened: {reason}.") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
 
 
 def _refuse_for_huggingface(finished: FinishedModel, source: str) -> None:

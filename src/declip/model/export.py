@@ -27,11 +27,13 @@ class FinishedModel:
         central square is cut out), `towers` ("image" where there is no text tower)
     weights: the towers, by open_clip's names
     heads: the terms' own modules, by term (`simsiam.projector.linear1.weight`), and `mask_embedding`
+    tokenizer: under which name open_clip.get_tokenizer has it, where the description alone does not say
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     heads: dict[str, Tensor] = field(default_factory=dict)
+    tokenizer: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def read_open_clip_folder(folder: Path) -> FinishedModel:
     if not isinstance(config, dict) or "model_cfg" not in config:
         raise InputError(f"{folder / CONFIG} describes no model: it has no model_cfg.")
     heads = read_weights(folder / HEADS) if (folder / HEADS).is_file() else {}
-    return FinishedModel(config, read_weights(folder / WEIGHTS), heads)
+    return FinishedModel(config, read_weights(folder / WEIGHTS), heads, f"local-dir:{folder}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -59,7 +59,9 @@ def _encode_timm(tower: TimmModel, pixels: Tensor) -> EncodedImages:
     features = tower.trunk.forward_features(pixels)
     pooled = tower.trunk.forward_head(features)
     embedding = tower.head(pooled)
-    return EncodedImages(embedding, pooled if pooled.ndim == 2 else None, _timm_tokens(tower.trunk, features))
+    # Where timm's own classifier is the projection, or pooling is part of it, there is no such feature.
+    before_projection = pooled.ndim == 2 and not getattr(tower.trunk, "num_classes", 0)
+    return EncodedImages(embedding, pooled if before_projection else None, _timm_tokens(tower.trunk, features))
 
 
 def _timm_tokens(trunk: nn.Module, features: Any) -> Tensor | None:

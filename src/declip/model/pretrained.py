@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from declip.model.heads import TokenMappings
 from declip.model.huggingface import is_huggingface_folder, read_huggingface
 from declip.model.released import read_released
 from declip.model.token_similarity import similarity
-from declip.model.towers import build_from_config
+from declip.model.towers import CONTEXT_LENGTH, build_from_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +79,7 @@ def _read_named(spec: str) -> FinishedModel:
     if "-quickgelu" in name or getattr(open_clip.get_pretrained_cfg(name, tag), "quick_gelu", False):
         config["quick_gelu"] = True
     preprocessing = {key: value for key, value in clip.visual.preprocess_cfg.items() if key != "size"}
-    return FinishedModel({"model_cfg": config, "preprocess_cfg": preprocessing}, clip.state_dict())
+    return FinishedModel({"model_cfg": config, "preprocess_cfg": preprocessing}, clip.state_dict(), tokenizer=name)
 
 
 def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
@@ -94,11 +95,13 @@ def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
     left = clip.load_state_dict(finished.weights, strict=not image_only)
     if image_only and (left.unexpected_keys or any(key.startswith("visual.") for key in left.missing_keys)):
         raise RuntimeError("the image tower's tensors are not those that its description asks for")
-    preprocessing = {**finished.config.get("preprocess_cfg", {}), "size": clip.visual.image_size}
+    known = {field.name for field in fields(PreprocessCfg)}
+    preprocessing = {k: v for k, v in finished.config.get("preprocess_cfg", {}).items() if k in known}
+    preprocessing["size"] = clip.visual.image_size
     preprocess = image_transform_v2(PreprocessCfg(**preprocessing), is_train=False)
     if "resize" in options:
         preprocess.transforms[0].size = options["resize"]
-    tokenizer = None if image_only else _tokenizer(text_cfg)
+    tokenizer = None if image_only else open_tokenizer(finished)
     token_wise = None
     if options["similarity"] == "token_wise":
         token_wise = TokenWise(_token_mappings(finished.heads).to(device).eval(), options["mask_padding"])
@@ -116,13 +119,16 @@ def _token_mappings(heads: dict[str, Tensor]) -> TokenMappings:
     return mappings
 
 
-def _tokenizer(text_cfg: dict[str, Any]) -> Any:
-    """open_clip's tokenizer for a text_cfg: texts to int64 [texts, context length]."""
+def open_tokenizer(finished: FinishedModel) -> Any:
+    """open_clip's tokenizer of a model with a text tower: texts to int64 [texts, context length]."""
+    import open_clip
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-    length = text_cfg.get("context_length", 77)
-    name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
-    if name:
+    if finished.tokenizer:
+        return open_clip.get_tokenizer(finished.tokenizer)
+    text_cfg = finished.config["model_cfg"]["text_cfg"]
+    length = text_cfg.get("context_length", CONTEXT_LENGTH)
+    if name := text_cfg.get("hf_tokenizer_name"):
         return HFTokenizer(name, context_length=length, **(text_cfg.get("tokenizer_kwargs") or {}))
     return SimpleTokenizer(context_length=length)
 

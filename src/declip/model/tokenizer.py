@@ -13,7 +13,7 @@ def build_tokenizer(text_cfg: dict[str, Any], vocabulary: int) -> CaptionTokeniz
 
     vocabulary: of how many ids the text tower knows.
     """
-    name = text_cfg.get("hf_tokenizer_name") or text_cfg.get("hf_model_name")
+    name = text_cfg.get("hf_tokenizer_name")
     if not name:
         return Tokenizer()
     return HuggingFaceTokenizer(name, text_cfg.get("tokenizer_kwargs"), vocabulary)

@@ -28,6 +28,9 @@ def model_config(model: Model) -> dict[str, Any]:
         config = open_clip.get_model_config(model.name)
         if config is None:
             raise InputError(f"model.name = {model.name!r}: open_clip knows no such architecture.")
+    text_cfg = config["text_cfg"]
+    if text_cfg.get("hf_model_name"):  # without it, open_clip would take its own tokenizer
+        text_cfg.setdefault("hf_tokenizer_name", text_cfg["hf_model_name"])
     if model.logit_bias_init is not None:
         config["init_logit_bias"] = model.logit_bias_init
     return config

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from declip.data.captions import CaptionTokenizer
+from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
 from declip.data.loader import BatchMaker, Images, check_broken, make_loader, open_images
 from declip.data.sources import BrokenPair, Source, open_sources, split_holdout, take_fraction
 from declip.errors import InputError
@@ -371,6 +372,8 @@ class Run:
                 write_atomically(self.out / name, functools.partial(shutil.copyfile, best))
             elif last[name]:
                 save_weights(self.out / name, last[name])
+        if isinstance(self.model.tokenizer, HuggingFaceTokenizer):
+            self.model.tokenizer.save(self.out)
         write_config(self.out, open_clip_config(self.recipe))
         pairs_seen = self.step * self.recipe.schedule.batch_size
         return {
