@@ -21,24 +21,8 @@ from declip.model.text_tower import encode_text, text_facts
 from declip.model.towers import build_towers
 from declip.recipe import Recipe, load_recipe, parse_recipe
 
-WORDS = (*("a", "red", "green", "blue", "cat", "dog", "bird", "fish"), *("tree", "house", "cloud", "and", "number", "of", "some", "photo"))
-    "a",
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "dog",
-    "bird",
-    "fish",
-    "tree",
-    "house",
-    "cloud",
-    "and",
-    "number",
-    "of",
-    "some",
-    "photo",
-]
+WORDS = ["a", "red", "green", "blue", "cat", "dog", "bird", "fish", "tree", "house", "cloud", "and", "number", "of"]
+WORDS += ["some", "photo"]
 TEXT: dict[str, Any] = {"layers": 1, "width": 32, "heads": 1}
 
 
