@@ -5,6 +5,7 @@
     python benchmarks/few_pairs.py --study tuning --seeds 1      # rates and views, both methods, on held-out pairs
     python benchmarks/few_pairs.py --study lengths --seeds 1     # when the held-out score stops rising
     python benchmarks/few_pairs.py --study ablation --seeds 1    # each term and view off
+    python benchmarks/few_pairs.py --study methods --seeds 1     # all six methods, and what paper and public code do
 
 Emoji: Noto and Twemoji, judged on Fluent 3D, an artist nobody trained on. Flickr8k: train, judged on dev. All that was
 chosen was chosen on held-out pairs (emoji: half of Noto, judged on Twemoji; Flickr8k: a quarter of train, judged on
@@ -97,6 +98,25 @@ ABLATIONS: dict[str, tuple[str, list[str]]] = {
     ),
 }
 
+_REFERENCE_NEIGHBOURS = ["terms.nearest_neighbour.exclude_own=false", "terms.nearest_neighbour.random_start=true"]
+_ALL_NEIGHBOURS = 'terms.nearest_neighbour.texts=["augmented","masked"]'
+ALL_METHODS: dict[str, tuple[str, list[str]]] = {
+    "CLIP": ("clip", []),
+    "SLIP": ("slip", []),
+    "FILIP": ("filip", []),
+    "DeCLIP": ("declip", []),
+    "DeFILIP": ("defilip", []),
+    "SigLIP": ("siglip", []),
+    "DeCLIP, method=paper": ("declip", ["method=paper"]),
+    "DeCLIP, method=reference": ("declip", ["method=reference"]),
+    "DeCLIP, other pairs of views at half the weight": ("declip", ["terms.contrastive.multi_view=0.5"]),
+    "DeCLIP, the code's neighbours": ("declip", [*_REFERENCE_NEIGHBOURS, _ALL_NEIGHBOURS]),
+    "DeCLIP, logit scale at least 20": ("declip", ["model.logit_scale_range=[3.0,4.6052]"]),
+    "FILIP, padding counts": ("filip", ["terms.token_wise.mask_padding=false"]),
+    "FILIP, 16 tokens": ("filip", ["terms.token_wise.top_k=16"]),
+    "FILIP, masked words": ("filip", ['terms.token_wise.texts=["masked"]']),
+}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -144,7 +164,7 @@ def comparison_cells(names: list[str], seeds: int, half_seeds: int, shared: str,
 
 
 def held_out_cells(study: str, names: list[str], seeds: int, shared: str, seen: int | None = None) -> list[Cell]:
-    """The cells of a study on held-out pairs: tuning, lengths or ablation; `seen` pairs instead of CHOOSING's."""
+    """The cells of a study on held-out pairs: tuning, lengths, ablation or methods; `seen` pairs instead of CHOOSING's."""
     rows: list[tuple[str, str, list[str]]]
     if study == "tuning":
         rows = [
@@ -157,11 +177,12 @@ def held_out_cells(study: str, names: list[str], seeds: int, shared: str, seen: 
             for pairs, (method, base) in product(LENGTHS, METHODS.items())
         ]
     else:
-        rows = [(name, *ablation) for name, ablation in ABLATIONS.items()]
+        rows = [(name, *changes) for name, changes in (ABLATIONS if study == "ablation" else ALL_METHODS).items()]
     cells = []
     for seed, name, (method, base, changes) in product(range(seeds), names, rows):
         common = [option.format(shared=shared) for option in HELD_OUT[name]]
-        common += SETS[name]["views"] + SETS[name][base] + ([] if study == "tuning" else SETS[name]["tuned"][base])
+        own = [] if study == "methods" else SETS[name].get(base, [])
+        common += SETS[name]["views"] + own + ([] if study == "tuning" else SETS[name]["tuned"].get(base, []))
         common += [f"schedule.pairs_seen={seen or CHOOSING[name]}", "evaluation.every=0.25", f"seed={seed}"]
         cells.append(Cell(f"{study}, {name}", method, base, (*common, *changes), None))
     return cells
@@ -259,7 +280,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=("comparison", "tuning", "lengths", "ablation"), default="comparison")
+    parser.add_argument(
+        "--study", choices=("comparison", "tuning", "lengths", "ablation", "methods"), default="comparison"
+    )
     parser.add_argument("--sets", nargs="+", choices=SETS, help="which settings (default: all of the study's)")
     parser.add_argument("--peer", choices=["open_clip"], help="train a plain open_clip loop too")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every cell (%(default)s)")

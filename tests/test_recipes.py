@@ -1,4 +1,4 @@
-"""The shipped recipes: one for every method and tower, with the published numbers, and presets that differ as they say."""
+"""The shipped recipes: one for every method and tower, with the published numbers, and presets that say what differs."""
 
 from __future__ import annotations
 
