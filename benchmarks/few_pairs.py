@@ -164,7 +164,7 @@ def comparison_cells(names: list[str], seeds: int, half_seeds: int, shared: str,
 
 
 def held_out_cells(study: str, names: list[str], seeds: int, shared: str, seen: int | None = None) -> list[Cell]:
-    """The cells of a study on held-out pairs: tuning, lengths, ablation or methods; `seen` pairs instead of CHOOSING's."""
+    """The cells of a study on held-out pairs; `seen` pairs instead of CHOOSING's."""
     rows: list[tuple[str, str, list[str]]]
     if study == "tuning":
         rows = [

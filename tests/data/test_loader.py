@@ -220,3 +220,30 @@ def test_nothing_can_be_read(tiny: MakeRecipe, tmp_path: Path, workers: int) -> 
     made.images.kept = None
     with pytest.raises(InputError, match=r"^None of the 10 pairs of \S+broken\.parquet can be read\.$"):
         list(make_loader(made, 0, 2, workers))
+
+
+def test_self_supervised_views_are_made_in_their_own_way(tiny: MakeRecipe) -> None:
+    """SLIP: the first view as ever, two more with flips; the first does not change because of them."""
+    plain = maker(tiny("clip")).make(0)
+    own = ["terms.simclr.weight=1", "data.strong_images.crop_scale=[1,1]", "data.strong_images.crop_ratio=[1,1]"]
+    batch = maker(tiny("clip", *own, "data.strong_images.grayscale=1")).make(0)
+    assert batch.images.shape[0] == 3
+    assert torch.equal(batch.images[0], plain.images[0])
+    colours = batch.images.float().std(dim=-1).mean(dim=(1, 2, 3))
+    assert colours[0] > 1
+    assert (colours[1:] < 0.5).all()  # grey
+
+
+def test_captions_of_full_length(tiny: MakeRecipe) -> None:
+    recipe = tiny("declip")
+    source = open_sources(recipe.data.train, recipe.data)
+    whole = BatchMaker(open_images(source, 1.0, 1.0), recipe, 16, 77, full_captions=True).make(0)
+    cut = maker(recipe).make(0)
+    assert whole.tokens.shape[2] == 77
+    assert whole.labels is not None
+    assert cut.labels is not None
+    length = cut.tokens.shape[2]
+    assert torch.equal(whole.tokens[:, :, :length], cut.tokens)
+    assert (whole.tokens[:, :, length:] == 0).all()
+    assert torch.equal(whole.labels[:, :length], cut.labels)
+    assert (whole.labels[:, length:] == -100).all()

@@ -1,0 +1,87 @@
+"""One model in every format: the embeddings stay, and what a format cannot hold is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+import declip
+from declip.cli import main
+from declip.model.convert import convert
+from declip.recipe import Recipe
+
+transformers = pytest.importorskip("transformers")
+
+IMAGES = [np.random.default_rng(number).integers(0, 255, (40, 30, 3)).astype(np.uint8) for number in range(3)]
+TEXTS = ["a red cat", "two dogs, and a tree!"]
+
+
+@pytest.fixture
+def run(tiny: Callable[..., Recipe], tmp_path: Path) -> Path:
+    """A finished run of CLIP."""
+    declip.train(tiny("clip"), tmp_path / "run", quiet=True)
+    return tmp_path / "run"
+
+
+def embeddings(model: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+    loaded = declip.load(model)
+    return loaded.encode_image(IMAGES), loaded.encode_text(TEXTS)
+
+
+def assert_same(one: str | Path, other: str | Path) -> None:
+    for ours, theirs in zip(embeddings(one), embeddings(other), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_becomes_a_clip_model_and_comes_back(run: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(run), str(tmp_path / "hf"), "--to", "huggingface", "--json"]) == 0
+    model = transformers.CLIPModel.from_pretrained(str(tmp_path / "hf"))
+    found = model.get_text_features(
+        **transformers.CLIPTokenizer.from_pretrained(str(tmp_path / "hf"))(TEXTS, padding=True, return_tensors="pt")
+    )
+    found = getattr(found, "pooler_output", found)
+    expected = embeddings(run)[1]
+    torch.testing.assert_close(torch.nn.functional.normalize(found, dim=-1), expected, rtol=1e-4, atol=1e-5)
+    assert_same(run, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "back")
+    assert_same(run, tmp_path / "back")
+    clip = open_clip.create_model(f"local-dir:{tmp_path / 'back'}")
+    assert clip.state_dict().keys() == open_clip.create_model(f"local-dir:{run}").state_dict().keys()
+
+
+def test_training_starts_from_a_clip_model(run: Path, tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    convert(run, tmp_path / "hf", to="huggingface")
+    start = f"model.start={str(tmp_path / 'hf')!r}"
+    declip.train(tiny("clip", start, "optimizer.lr=1e-12", "schedule.pairs_seen=8"), tmp_path / "on", quiet=True)
+    assert_same(run, tmp_path / "on")
+
+
+def test_an_open_clip_folder_stays_what_it_is(run: Path, tmp_path: Path) -> None:
+    convert(run, tmp_path / "copy")
+    assert_same(run, tmp_path / "copy")
+    assert (tmp_path / "copy" / "open_clip_model.safetensors").is_file()
+
+
+def test_a_resnet_is_no_clip_model(
+    tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tower = ["model.image.layers=[1,1,1,1]", "model.image.image_size=32", "model.image.width=8"]
+    declip.train(tiny("clip", *tower), tmp_path / "run", quiet=True)
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "hf"), "--to", "huggingface"]) == 2
+    assert "whose image tower is no ResNet" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_damaged_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 16, "vision_cfg": {}, "text_cfg": {}}}')
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "demo:noto"]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be opened" in error
+    assert "Traceback" not in error
