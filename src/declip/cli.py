@@ -337,15 +337,22 @@ def _recipes(args: argparse.Namespace) -> dict[str, Any]:
 def _print_recipes(recipes: Sequence[Any]) -> None:
     from rich.table import Table
 
-    table = Table("recipe", "what it is", "terms (weight)")
+    from rich.box import SIMPLE
+
+    console = _console()
+    headings = ["recipe", "what it is", "terms (weight)"]
+    table = Table(*headings[: 3 if console.width >= 160 else 2], box=SIMPLE, pad_edge=False)
     for recipe in recipes:
         terms = [f"{name} ({term.weight:g})" for name, term in recipe.terms.active().items()]
-        table.add_row(recipe.name, recipe.about, ", ".join(terms))
-    _console().print(table)
+        table.add_row(*[recipe.name, recipe.about, ", ".join(terms)][: len(table.columns)])
+    console.print(table)
+    console.print(
+        "Their fields: declip recipes NAME. To the letter of paper or public code: method=paper, method=reference."
+    )
 
 
 def _console() -> Console:
     """Tables on stdout; where that is no terminal they are not squeezed into its 80 columns."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 200)

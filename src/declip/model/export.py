@@ -28,12 +28,14 @@ class FinishedModel:
     weights: the towers, by open_clip's names
     heads: the terms' own modules, by term (`simsiam.projector.linear1.weight`), and `mask_embedding`
     tokenizer: under which name open_clip.get_tokenizer has it, where the description alone does not say
+    module: the model itself, where open_clip has built it already
     """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     heads: dict[str, Tensor] = field(default_factory=dict)
     tokenizer: str = ""
+    module: Any = None
 
     @property
     def options(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from declip.model.heads import TokenMappings
 from declip.model.huggingface import is_huggingface_folder, read_huggingface
 from declip.model.released import read_released
 from declip.model.token_similarity import similarity
-from declip.model.towers import CONTEXT_LENGTH, build_from_config
+from declip.model.towers import CONTEXT_LENGTH, Towers, build_from_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,6 +65,7 @@ def read_model(spec: str, image_heads: int | None = None, text_heads: int | None
 def _read_named(spec: str) -> FinishedModel:
     """An open_clip name:pretrained, which may download."""
     import open_clip
+    from open_clip.transformer import QuickGELU
 
     name, _, tag = spec.partition(":")
     config = open_clip.get_model_config(name)
@@ -76,25 +77,18 @@ def _read_named(spec: str) -> FinishedModel:
         clip = open_clip.create_model(name, pretrained=tag)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"The model {spec!r} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from None
-    if "-quickgelu" in name or getattr(open_clip.get_pretrained_cfg(name, tag), "quick_gelu", False):
+    if any(isinstance(part, QuickGELU) for part in clip.modules()):  # some weights ask for it, their name does not
         config["quick_gelu"] = True
     preprocessing = {key: value for key, value in clip.visual.preprocess_cfg.items() if key != "size"}
-    return FinishedModel({"model_cfg": config, "preprocess_cfg": preprocessing}, clip.state_dict(), tokenizer=name)
+    return FinishedModel({"model_cfg": config, "preprocess_cfg": preprocessing}, clip.state_dict(), {}, name, clip)
 
 
 def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    options, config = finished.options, dict(finished.config["model_cfg"])
+    options = finished.options
     image_only = options["towers"] == "image"
-    # A tower of text that is not there still has to be described.
-    text_cfg = {"layers": 1, "width": 64, "heads": 1} if image_only else {**config["text_cfg"]}
-    if "hf_model_name" in text_cfg:
-        text_cfg["hf_model_pretrained"] = False  # the weights are at hand
-    clip = build_from_config({**config, "text_cfg": text_cfg})
-    left = clip.load_state_dict(finished.weights, strict=not image_only)
-    if image_only and (left.unexpected_keys or any(key.startswith("visual.") for key in left.missing_keys)):
-        raise RuntimeError("the image tower's tensors are not those that its description asks for")
+    clip = finished.module or _build(finished, image_only)
     known = {field.name for field in fields(PreprocessCfg)}
     preprocessing = {k: v for k, v in finished.config.get("preprocess_cfg", {}).items() if k in known}
     preprocessing["size"] = clip.visual.image_size
@@ -106,6 +100,19 @@ def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
     if options["similarity"] == "token_wise":
         token_wise = TokenWise(_token_mappings(finished.heads).to(device).eval(), options["mask_padding"])
     return LoadedModel(name, clip.to(device).eval(), preprocess, tokenizer, token_wise)
+
+
+def _build(finished: FinishedModel, image_only: bool) -> Towers:
+    config = finished.config["model_cfg"]
+    # A text tower that is not there still has to be described.
+    text_cfg = {"layers": 1, "width": 64, "heads": 1} if image_only else config["text_cfg"]
+    if "hf_model_name" in text_cfg:
+        text_cfg = {**text_cfg, "hf_model_pretrained": False}  # the weights are at hand
+    clip = build_from_config({**config, "text_cfg": text_cfg})
+    left = clip.load_state_dict(finished.weights, strict=not image_only)
+    if image_only and (left.unexpected_keys or any(key.startswith("visual.") for key in left.missing_keys)):
+        raise RuntimeError("the image tower's tensors are not those that its description asks for")
+    return clip
 
 
 def _token_mappings(heads: dict[str, Tensor]) -> TokenMappings:
