@@ -335,9 +335,8 @@ def _recipes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_recipes(recipes: Sequence[Any]) -> None:
-    from rich.table import Table
-
     from rich.box import SIMPLE
+    from rich.table import Table
 
     console = _console()
     headings = ["recipe", "what it is", "terms (weight)"]

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from declip.model.token_similarity import MeanBestMatch, similarity
 from declip.objectives.contrastive import multi_view_infonce
+from declip.objectives.masked_language import MaskedLanguage
+from declip.objectives.nearest_neighbour import NearestNeighbour
 from declip.objectives.sigmoid import sigmoid_loss
 from declip.objectives.simclr import nt_xent
 from declip.objectives.simsiam import negative_cosine
@@ -36,7 +38,7 @@ def vectors(seed: int, *shape: int) -> Tensor:
 
 
 def dot(one: Tensor, other: Tensor) -> float:
-    return float(sum(float(a) * float(b) for a, b in zip(one, other, strict=True)))
+    return sum(a * b for a, b in zip(one.tolist(), other.tolist(), strict=True))
 
 
 def cross_entropy(logits: Sequence[float], right: int) -> float:
@@ -160,6 +162,61 @@ def test_simsiam(seed: int, batch: int, dim: int) -> None:
     assert negative_cosine(one, other).item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+@quick
+@given(seeds, st.integers(1, 5), sizes, st.integers(1, 2), st.integers(1, 2), st.integers(1, 9), st.booleans())
+def test_nearest_neighbour(
+    seed: int, batch: int, dim: int, views: int, texts: int, size: int, exclude_own: bool
+) -> None:
+    """A queue of random directions, some of them of samples of the batch."""
+    images, words = vectors(seed, views, batch, dim), vectors(seed + 1, texts, batch, dim)
+    term = filled_queue(seed, dim, size, exclude_own)
+    queue, owners = term.queue.clone(), term.queue_ids.tolist()
+    losses = []
+    for text in words:
+        found = []
+        for i in range(batch):
+            allowed = [row for row in range(size) if not (exclude_own and owners[row] == i)]
+            found.append(max(allowed, key=lambda row: dot(queue[row], text[i])) if allowed else None)
+        for image in images:
+            for i, own in enumerate(found):
+                if own is None:
+                    continue
+                others = [row for j, row in enumerate(found) if j != i and row is not None]
+                if exclude_own:
+                    others = [row for row in others if owners[row] != i and row != own]
+                losses.append(cross_entropy([float(SCALE) * dot(image[i], queue[row]) for row in [own, *others]], 0))
+    expected = sum(losses) / len(losses) if losses else 0.0
+    found_loss = term.loss(images, words, SCALE, torch.arange(batch))
+    assert found_loss.item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+
+
+def filled_queue(seed: int, dim: int, size: int, exclude_own: bool) -> NearestNeighbour:
+    term = NearestNeighbour(dim, size, 2, ["caption"], exclude_own).double().eval()
+    term.queue.copy_(vectors(seed + 2, size, dim))
+    term.queue_ids.copy_(torch.arange(size) % 6)
+    return term
+
+
+@quick
+@given(seeds, sizes, sizes, st.integers(1, 9), st.floats(0, 1))
+def test_masked_language(seed: int, batch: int, width: int, vocabulary: int, share: float) -> None:
+    torch.manual_seed(seed)
+    term = MaskedLanguage(width, vocabulary).double()
+    tokens = torch.randn(batch, 4, width, dtype=torch.float64)
+    labels = torch.randint(vocabulary, (batch, 4)).masked_fill(torch.rand(batch, 4) > share, -100)
+    losses = [
+        cross_entropy(
+            [dot(row, tokens[b, j]) + float(bias) for row, bias in zip(term.head.weight, term.head.bias, strict=True)],
+            int(labels[b, j]),
+        )
+        for b in range(batch)
+        for j in range(4)
+        if labels[b, j] >= 0
+    ]
+    expected = sum(losses) / max(len(losses), 1)
+    assert term.loss(tokens, labels).item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
 # Gradients
 
 # Of images [batch, views or patches, dim], texts [batch, views or words, dim] and which words there are.
@@ -180,6 +237,20 @@ MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, Fals
 def test_gradcheck(name: str) -> None:
     images, texts = vectors(3, 3, 2, 4).requires_grad_(), vectors(4, 3, 3, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: LOSSES[name](a, b, MASK), (images, texts))
+
+
+@pytest.mark.parametrize("exclude_own", [True, False])
+def test_gradcheck_of_neighbours(exclude_own: bool) -> None:
+    """To images and scale; the neighbours themselves are constants."""
+    term, texts = filled_queue(3, 4, 8, exclude_own), vectors(4, 2, 3, 4)
+    images, scale = vectors(3, 2, 3, 4).requires_grad_(), SCALE.clone().requires_grad_()
+    ids = torch.arange(3)
+    assert torch.autograd.gradcheck(lambda i, s: term.loss(i, texts, s, ids), (images, scale))
+
+
+def test_gradcheck_of_self_supervision() -> None:
+    one, other = vectors(3, 4, 5).requires_grad_(), vectors(4, 4, 5)
+    assert torch.autograd.gradcheck(lambda a: negative_cosine(a, other), (one,))
 
 
 def test_gradcheck_of_the_scales() -> None:

@@ -35,8 +35,15 @@ class MaskedLanguage(nn.Module):
     def forward(self, features: Features, batch: Batch) -> Tensor:
         if "masked" not in features.text_tokens or batch.labels is None:
             raise ValueError("masked language modelling needs the masked text view and its tokens")
-        hidden = batch.labels != -100
-        logits = self.head(features.text_tokens["masked"][hidden]).float()
-        labels = batch.labels[hidden] if self.index is None else self.index[batch.labels[hidden]]
+        return self.loss(features.text_tokens["masked"], batch.labels)
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """On tensors alone: the mean over hidden positions j of CE(W x_j + b, label_j).
+
+        tokens: [batch, tokens, width]; labels: int64 [batch, tokens], -100 where nothing is hidden.
+        """
+        hidden = labels != -100
+        logits = self.head(tokens[hidden])
+        labels = labels[hidden] if self.index is None else self.index[labels[hidden]]
         total = F.cross_entropy(logits, labels, reduction="sum")
         return total / hidden.sum().clamp(min=1)

@@ -53,12 +53,28 @@ class NearestNeighbour(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
-        texts = features.unit_texts(self.texts).detach()
-        rows, found = self._search(texts.flatten(0, 1), batch.sample_ids.repeat(len(self.texts)))
-        loss = self._loss(features, batch, rows, found) if found.any() else features.image.new_zeros(())
+        entering = None if self.enqueue == self.texts else features.unit_texts(self.enqueue)
+        images, texts = features.unit_image[: self.images], features.unit_texts(self.texts)
+        return self.loss(images, texts, features.logit_scale, batch.sample_ids, entering)
+
+    def loss(
+        self, images: Tensor, texts: Tensor, logit_scale: Tensor, sample_ids: Tensor, entering: Tensor | None = None
+    ) -> Tensor:
+        """On tensors alone: the mean over image views v and text views u of CE(s · I_v N(T_u)ᵀ), N the neighbours.
+
+        images: [image views, batch, dim] and texts: [text views, batch, dim], both normalised; sample_ids: int64
+        [batch], which sample each row is; entering: the texts that enter the ring, by default `texts`. Outside of
+        training nothing enters.
+        """
+        texts = texts.detach()
+        rows, found = self._search(texts.flatten(0, 1), sample_ids.repeat(len(texts)))
+        rows, found = (torch.unflatten(x, 0, (len(texts), -1)) for x in (rows, found))  # [text views, batch]
+        loss = images.new_zeros(())
+        if found.any():
+            loss = self._loss(images, logit_scale, sample_ids, rows, found)
         if self.training:
-            for view in reversed(features.unit_texts(self.enqueue).detach()):
-                self._enqueue(view, batch.sample_ids)
+            for view in reversed(texts if entering is None else entering.detach()):
+                self._enqueue(view, sample_ids)
         return loss
 
     @torch.no_grad()
@@ -71,12 +87,10 @@ class NearestNeighbour(nn.Module):
         best, rows = similarity.max(dim=-1)
         return rows, best != float("-inf")
 
-    def _loss(self, features: Features, batch: Batch, rows: Tensor, found: Tensor) -> Tensor:
-        rows, found = (torch.unflatten(x, 0, (len(self.texts), -1)) for x in (rows, found))  # [text views, batch]
-        images = features.unit_image[: self.images]
-        logits = features.logit_scale * torch.einsum("vbd,ucd->vubc", images, self.queue[rows])
+    def _loss(self, images: Tensor, logit_scale: Tensor, sample_ids: Tensor, rows: Tensor, found: Tensor) -> Tensor:
+        logits = logit_scale * torch.einsum("vbd,ucd->vubc", images, self.queue[rows])
         if self.exclude_own:
-            own = self.queue_ids[rows][:, None, :] == batch.sample_ids[None, :, None]
+            own = self.queue_ids[rows][:, None, :] == sample_ids[None, :, None]
             same = rows[:, None, :] == rows[:, :, None]
             diagonal = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
             logits = logits.masked_fill((own | same | ~found[:, None, :]) & ~diagonal, float("-inf"))

@@ -56,5 +56,8 @@ class SimCLR(nn.Module):
     def forward(self, features: Features, batch: Batch) -> Tensor:
         if features.pooled_image is None:
             raise ValueError("SimCLR needs the image tower's pooled features")
-        z1, z2 = (self.head(features.pooled_image[view]) for view in self.views)
-        return nt_xent(z1, z2, self.temperature)
+        return self.loss(*features.pooled_image[list(self.views)])
+
+    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
+        """On tensors alone: two views' features [batch, width of the tower] each."""
+        return nt_xent(self.head(view1), self.head(view2), self.temperature)

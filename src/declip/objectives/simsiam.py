@@ -30,6 +30,10 @@ class SimSiam(nn.Module):
         self.predictor = Predictor(width, bottleneck)
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
-        z1, z2 = (self.projector(view) for view in features.image[list(self.views)])
+        return self.loss(*features.image[list(self.views)])
+
+    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
+        """On tensors alone: two views' embeddings [batch, dim] each, not normalised."""
+        z1, z2 = self.projector(view1), self.projector(view2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
         return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
