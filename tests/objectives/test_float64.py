@@ -24,7 +24,7 @@ from declip.objectives.simclr import nt_xent
 from declip.objectives.simsiam import negative_cosine
 from declip.objectives.token_wise import token_wise_infonce, token_wise_similarity
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25, deadline=None, derandomize=True)  # a run repeated gives the same shapes
 sizes = st.integers(1, 6)
 seeds = st.integers(0, 2**31 - 1)
 SCALE = torch.tensor(7.3, dtype=torch.float64)
@@ -133,7 +133,13 @@ def naive_token_wise(
 
 @quick
 @given(
-    seeds, st.integers(1, 4), sizes, st.integers(1, 5), st.integers(1, 5), st.sampled_from([None, 1, 2, 16]), st.data()
+    seeds,
+    st.integers(1, 4),
+    st.integers(2, 6),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.sampled_from([None, 1, 2, 16]),
+    st.data(),
 )
 def test_token_wise(
     seed: int, batch: int, dim: int, patches: int, words: int, top_k: int | None, data: st.DataObject

@@ -92,9 +92,15 @@ def similarity(queries: Tensor, items: Tensor) -> Tensor:
     """
     if queries.ndim == 2:
         return queries @ items.T
+    queries, items = _without_padding(queries), _without_padding(items)
     counts = (queries != 0).any(dim=-1).to(queries.dtype)
     weights = counts / counts.sum(dim=1, keepdim=True)
-    there: Tensor = MeanBestMatch.apply(queries, items, weights, queries.new_empty(0), (items != 0).any(dim=-1), False)[
-        0
-    ]
+    mask, none = (items != 0).any(dim=-1), queries.new_empty(0)
+    there: Tensor = MeanBestMatch.apply(queries, items, weights, none, mask, False)[0]
     return there
+
+
+def _without_padding(tokens: Tensor) -> Tensor:
+    """Without the positions at the end that are padding everywhere."""
+    used = (tokens != 0).any(dim=-1).any(dim=0).nonzero()
+    return tokens[:, : int(used[-1]) + 1] if len(used) else tokens
