@@ -7,14 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import pair, require_shared, write_pairs
+from conftest import pair, write_pairs
 from PIL import Image
+from released import HEADS, TO_OURS, State, golden, make_file, released_state, resnet, save, vit
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,48 +27,15 @@ from declip.model.heads import ContrastiveHead, Predictor, Projector
 from declip.model.pretrained import read_model
 from declip.model.released import ROWS, read_released
 from declip.model.token_similarity import similarity
-from declip.model.towers import build_from_config
 from declip.recipe import load_recipe
 
-TO_OURS = ROWS.argsort()
 METHODS = ("clip", "slip", "filip", "declip", "defilip")
-HEADS = ["--image-heads", "2", "--text-heads", "2"]
-State = dict[str, Tensor]
-
-
-def golden(method: str) -> State:
-    return load_file(require_shared(f"golden/{method}_vit_seed1.safetensors"))
-
-
-def released_state(method: str) -> State:
-    """The tensors as a released file holds them: float32, under `module.`."""
-    found = {k.removeprefix("state."): t for k, t in golden(method).items() if k.startswith("state.")}
-    return {name: t.float() if t.is_floating_point() else t for name, t in found.items()}
-
-
-def save(path: Path, state: State, **more: Any) -> Path:
-    torch.save({"model": state, "optimizer": {"state": {}, "param_groups": []}, "last_iter": 128001, **more}, path)
-    return path
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Callable[..., Path]:
-    """A file in the released layout, as it is or spoilt."""
-
-    def make(method: str = "declip", spoil: Callable[[State], None] = lambda state: None) -> Path:
-        state = released_state(method)
-        spoil(state)
-        return save(tmp_path / f"{method}.pth.tar", state)
-
-    return make
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_converted_file_gives_the_stored_embeddings_in_open_clip(
-    made: Callable[..., Path], tmp_path: Path, method: str
-) -> None:
+def test_converted_file_gives_the_stored_embeddings_in_open_clip(tmp_path: Path, method: str) -> None:
     folder = tmp_path / "converted"
-    assert main(["convert", str(made(method)), str(folder), *HEADS, "--json"]) == 0
+    assert main(["convert", str(make_file(tmp_path, method)), str(folder), *HEADS, "--json"]) == 0
     clip = open_clip.create_model(f"local-dir:{folder}").eval()
     tensors = golden(method)
     with torch.inference_mode():
@@ -79,8 +46,8 @@ def test_converted_file_gives_the_stored_embeddings_in_open_clip(
     torch.testing.assert_close(texts, tensors["io.text_embedding"], rtol=1e-5, atol=1e-5)
 
 
-def test_all_views_of_declip(made: Callable[..., Path], tmp_path: Path) -> None:
-    model = declip.load(made("declip"), image_heads=2, text_heads=2)
+def test_all_views_of_declip(tmp_path: Path) -> None:
+    model = declip.load(make_file(tmp_path, "declip"), image_heads=2, text_heads=2)
     tensors = golden("declip")
     for view in (0, 1):
         with torch.inference_mode():
@@ -88,9 +55,9 @@ def test_all_views_of_declip(made: Callable[..., Path], tmp_path: Path) -> None:
         torch.testing.assert_close(found, tensors[f"io.image_embedding_{view}"], rtol=1e-5, atol=1e-5)
 
 
-def test_heads_are_kept_apart(made: Callable[..., Path], tmp_path: Path) -> None:
+def test_heads_are_kept_apart(tmp_path: Path) -> None:
     folder = tmp_path / "converted"
-    assert main(["convert", str(made("defilip")), str(folder), *HEADS, "--json"]) == 0
+    assert main(["convert", str(make_file(tmp_path, "defilip")), str(folder), *HEADS, "--json"]) == 0
     heads, state = load_file(folder / "declip_heads.safetensors"), released_state("defilip")
     assert {name.partition(".")[0] for name in heads} == {
         "mask_embedding",
@@ -106,11 +73,9 @@ def test_heads_are_kept_apart(made: Callable[..., Path], tmp_path: Path) -> None
     assert not [name for name in load_file(folder / "open_clip_model.safetensors") if "predictor" in name]
 
 
-def test_summary_and_preprocessing(
-    made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary_and_preprocessing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "converted"
-    main(["convert", str(made("slip")), str(folder), *HEADS, "--json"])
+    main(["convert", str(make_file(tmp_path, "slip")), str(folder), *HEADS, "--json"])
     summary = json.loads(capsys.readouterr().out)
     assert summary["heads"] == ["simclr"]
     assert (summary["image_tower"], summary["text_tower"]) == ("2 layers × 64, 64 px", "2 layers × 16")
@@ -124,9 +89,9 @@ def test_summary_and_preprocessing(
     assert float(pixels[:, 2:-2, 2:-2].min()) > 2
 
 
-def test_filip_is_scored_token_by_token(made: Callable[..., Path]) -> None:
+def test_filip_is_scored_token_by_token(tmp_path: Path) -> None:
     """§5: image tokens against class tokens, prompts averaged position by position, all 77 positions counting."""
-    model = declip.load(made("filip"), image_heads=2, text_heads=2)
+    model = declip.load(make_file(tmp_path, "filip"), image_heads=2, text_heads=2)
     assert model.token_wise is not None
     assert not model.token_wise.mask_padding
     tensors = golden("filip")
@@ -161,40 +126,15 @@ def _dense_tokens(clip: nn.Module, images: Tensor) -> Tensor:
     return caught[0][:, 1:]
 
 
-def test_evaluate_a_released_filip(made: Callable[..., Path], tmp_path: Path) -> None:
+def test_evaluate_a_released_filip(tmp_path: Path) -> None:
     folder = tmp_path / "converted"
-    assert main(["convert", str(made("filip")), str(folder), *HEADS, "--json"]) == 0
+    assert main(["convert", str(make_file(tmp_path, "filip")), str(folder), *HEADS, "--json"]) == 0
     pairs = write_pairs(tmp_path / "unseen.parquet", [pair(number) for number in range(12)])
     result = declip.evaluate(str(folder), str(pairs), templates=["a {}"])
     assert [row["task"] for row in result["results"]] == ["retrieval", "zero-shot"]
 
 
 # Full-size layouts, with few layers
-
-
-def vit(width: int, dim: int, patch: int, text: int = 512) -> State:
-    """A CLIP of the public code with random weights, two layers a tower."""
-    vision = {"image_size": 224, "layers": 2, "width": width, "head_width": 64, "patch_size": patch}
-    return _released({"vision_cfg": vision, "embed_dim": dim}, text)
-
-
-def resnet(dim: int, text: int = 512) -> State:
-    vision = {"image_size": 224, "layers": [1, 1, 1, 1], "width": 64}
-    state = _released({"vision_cfg": vision, "embed_dim": dim}, text)
-    return state | {"module.visual.fc.weight": torch.zeros(dim, 2048), "module.visual.fc.bias": torch.zeros(dim)}
-
-
-def _released(config: dict[str, Any], text: int) -> State:
-    text_cfg = {"layers": 1, "width": text, "heads": text // 64, "proj_bias": True}
-    torch.manual_seed(0)
-    clip = build_from_config({**config, "text_cfg": text_cfg, "quick_gelu": True})
-    state = {}
-    for name, tensor in clip.state_dict().items():
-        if name == "token_embedding.weight":
-            tensor = torch.cat([tensor, torch.randn(1, text)])[TO_OURS]
-        prefix = "" if name.startswith("visual.") or name == "logit_scale" else "encode_text."
-        state[f"module.{prefix}{name}"] = tensor.reshape([1]) if name == "logit_scale" else tensor
-    return state
 
 
 @pytest.mark.parametrize("build", [lambda: vit(768, 3072, 32), lambda: resnet(1024)])
@@ -229,7 +169,7 @@ def test_image_tower_alone(tmp_path: Path, prefix: str, build: Callable[[], Stat
 # Training goes on
 
 
-def test_training_goes_on_from_a_released_file(made: Callable[..., Path], tmp_path: Path) -> None:
+def test_training_goes_on_from_a_released_file(tmp_path: Path) -> None:
     """The first step of the converted file's own method costs what the stored weights cost, not what random ones do."""
     pairs = write_pairs(tmp_path / "pairs.parquet", [pair(number) for number in range(16)])
     recipe = tmp_path / "recipe.toml"
@@ -264,7 +204,7 @@ precision = "float32"
 """
     )
     folder = tmp_path / "converted"
-    main(["convert", str(made("declip")), str(folder), *HEADS, "--json"])
+    main(["convert", str(make_file(tmp_path, "declip")), str(folder), *HEADS, "--json"])
     out = tmp_path / "out"
     declip.train(load_recipe(recipe, [f"data.train={str(pairs)!r}", f"model.start={str(folder)!r}"]), out, quiet=True)
     before, after = read_model(str(folder)), read_model(str(out))
@@ -286,131 +226,6 @@ precision = "float32"
             declip.train(load_recipe(recipe, changes), tmp_path / "other", quiet=True)
         assert says in str(error.value)
         assert not (tmp_path / "other").exists()
-
-
-# Files that are none of these
-
-
-def without(name: str) -> Callable[[State], None]:
-    def remove(state: State) -> None:
-        del state[name]
-
-    return remove
-
-
-def with_more(name: str) -> Callable[[State], None]:
-    def add(state: State) -> None:
-        state[name] = torch.zeros(3)
-
-    return add
-
-
-def other_shape(name: str) -> Callable[[State], None]:
-    def change(state: State) -> None:
-        state[name] = torch.zeros(5, 5)
-
-    return change
-
-
-def openai_rows(state: State) -> None:
-    name = "module.encode_text.token_embedding.weight"
-    state[name] = state[name][:-1]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (without("module.visual.ln_post.bias"), "missing: visual.ln_post.bias"),
-        (without("module.visual.conv1.weight"), "missing: visual.conv1.weight; left over: "),
-        (without("module.visual.proj"), "missing: visual.proj"),
-        (without("module.logit_scale"), "missing: logit_scale"),
-        (without("module.encode_text.positional_embedding"), "missing: encode_text.positional_embedding"),
-        (without("module.projector.bn2.running_var"), "missing: projector.bn2.running_var"),
-        (without("module.text_label_predictor.bias"), "missing: text_label_predictor.bias"),
-        (with_more("module.visual.adapter.weight"), "left over: visual.adapter.weight"),
-        (with_more("module.teacher.weight"), "left over: teacher.weight"),
-        (with_more("module.projector.bn4.weight"), "left over: projector.bn4.weight"),
-        (other_shape("module.visual.ln_post.weight"), "visual.ln_post.weight has the shape [5, 5]"),
-        (openai_rows, "its token_embedding has 49408 rows, theirs has 49409"),
-    ],
-)
-def test_other_tensors(
-    made: Callable[..., Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    spoil: Callable[[State], None],
-    says: str,
-) -> None:
-    folder = tmp_path / "converted"
-    assert main(["convert", str(made("declip", spoil)), str(folder), *HEADS]) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.count("\n") == 1
-    assert "Traceback" not in error
-    assert not folder.exists()
-
-
-class Payload:
-    """What a malicious file would do when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-def test_no_code_is_run(tmp_path: Path) -> None:
-    state, trap = vit(64, 64, 32, 64), tmp_path / "trap"
-    path = save(tmp_path / "evil.pth.tar", state, note=Payload(trap))
-    with pytest.raises(InputError, match="holds more than tensors: it is refused"):
-        declip.load(path)
-    assert not trap.exists()
-
-
-def test_truncated_and_other_files(tmp_path: Path) -> None:
-    whole = save(tmp_path / "whole.pth.tar", vit(64, 64, 32, 64)).read_bytes()
-    for name, content in (
-        ("cut.pth.tar", whole[:5000]),
-        ("end.pth.tar", whole[:-2000]),
-        ("empty.pth.tar", b""),
-        ("text.pth.tar", b"no checkpoint at all\n" * 20),
-    ):
-        path = tmp_path / name
-        path.write_bytes(content)
-        with pytest.raises(InputError) as error:
-            declip.load(path)
-        assert name in str(error.value)
-        assert "\n" not in str(error.value)
-    for name, state in (("list", [torch.zeros(2)]), ("words", {"model": {"a": "b"}}), ("nothing", {})):
-        torch.save(state, tmp_path / name)
-        with pytest.raises(InputError, match="holds no tensors by name"):
-            declip.load(tmp_path / name)
-
-
-def test_heads_that_do_not_fit(made: Callable[..., Path]) -> None:
-    path = made("clip")
-    with pytest.raises(
-        InputError, match="a width of 16 is not made of heads of 64: say how many there are with --text-heads"
-    ):
-        declip.load(path)
-    with pytest.raises(InputError, match="--image-heads 3 does not divide the width of 64"):
-        declip.load(path, image_heads=3)
-
-
-def test_bad_destinations(made: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    for argv, says in (
-        ([str(made()), str(tmp_path / "full"), *HEADS], "already holds files"),
-        ([str(made()), str(tmp_path / "new"), *HEADS, "--to", "onnx"], "There is no format 'onnx'"),
-        ([str(made()), str(tmp_path / "new"), *HEADS, "--to", "huggingface"], "bias"),
-        ([str(made("filip")), str(tmp_path / "new"), *HEADS, "--to", "huggingface"], "compares tokens (FILIP)"),
-        (["nowhere", str(tmp_path / "new")], "There is no model 'nowhere'"),
-    ):
-        assert main(["convert", *argv]) == 2
-        assert says in capsys.readouterr().err
-        assert not (tmp_path / "new").exists()
 
 
 def test_head_names_are_complete() -> None:
