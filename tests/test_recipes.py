@@ -169,11 +169,6 @@ def test_declip_88m() -> None:
         ("clip", ["terms.contrastive.images=3"], "terms.contrastive.images = 3 is wrong"),
         ("clip", ['terms.contrastive.texts=["shouted"]'], "terms.contrastive.texts.0 = 'shouted' is wrong"),
         ("clip", ["terms.simsiam.weight=-1"], "terms.simsiam.weight = -1 is wrong"),
-        (
-            "declip",
-            ['terms.nearest_neighbour.enqueue=["caption"]'],
-            "enqueue asks for the text view 'caption', which no",
-        ),
         ("filip", ["terms.token_wise.top_k=0"], "terms.token_wise.top_k = 0 is wrong"),
         ("declip-vit-b33", [], "There is no recipe 'declip-vit-b33': give a TOML file or one of declip-vit-b3"),
     ],
@@ -208,6 +203,14 @@ def views(terms: dict[str, Any], **data: Any) -> Recipe:
 )
 def test_image_views(recipe: Recipe, pair: int, own: tuple[int, int], total: int) -> None:
     assert (recipe.pair_views, recipe.self_views, recipe.image_views) == (pair, own, total)
+
+
+def test_text_views() -> None:
+    assert views({"contrastive": {"texts": ["augmented"]}, "masked_language": {}}).text_views == ["masked", "augmented"]
+    assert views({"contrastive": {}, "nearest_neighbour": {"enqueue": ["augmented"]}}).text_views == [
+        "caption",
+        "augmented",
+    ]
 
 
 def test_what_a_trained_model_compares() -> None:

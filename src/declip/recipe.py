@@ -207,13 +207,6 @@ class Recipe(Section):
             raise ValueError("the recipe has no term with a weight above zero: give it terms.contrastive")
         if "sigmoid" in active and self.model.logit_bias_init is None:
             raise ValueError("terms.sigmoid needs a bias: set model.logit_bias_init (SigLIP starts at -10)")
-        neighbour = self.terms.nearest_neighbour
-        if "nearest_neighbour" in active and neighbour and neighbour.enqueue:
-            unseen = [view for view in neighbour.enqueue if view not in self.text_views]
-            if unseen:
-                raise ValueError(
-                    f"terms.nearest_neighbour.enqueue asks for the text view {unseen[0]!r}, which no term makes"
-                )
         return self
 
     @property
@@ -240,6 +233,7 @@ class Recipe(Section):
         """Which text views the terms need, in a fixed order."""
         active = self.terms.active()
         wanted = {view for term in active.values() for view in getattr(term, "texts", [])}
+        wanted |= {view for term in active.values() for view in getattr(term, "enqueue", None) or []}
         if "masked_language" in active:
             wanted.add("masked")
         return [view for view in get_args(TextView) if view in wanted]
@@ -247,7 +241,7 @@ class Recipe(Section):
     @property
     def pads_captions(self) -> bool:
         """Whether captions are padded to the full context: a term counts the padding, as the reference does."""
-        return "token_wise" in self.terms.active() and not getattr(self.terms.token_wise, "mask_padding", True)
+        return not getattr(self.terms.active().get("token_wise"), "mask_padding", True)
 
     @property
     def similarity(self) -> Literal["embedding", "token_wise"]:
