@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -92,15 +93,30 @@ def similarity(queries: Tensor, items: Tensor) -> Tensor:
     """
     if queries.ndim == 2:
         return queries @ items.T
-    queries, items = _without_padding(queries), _without_padding(items)
+    found = queries.new_empty(len(queries), len(items))
+    for rows, some_queries in _by_length(queries):
+        for columns, some_items in _by_length(items):
+            found[rows[:, None], columns] = _mean_best_match(some_queries, some_items)
+    return found
+
+
+def _mean_best_match(queries: Tensor, items: Tensor) -> Tensor:
+    """As MeanBestMatch, without noting which token was best: that costs as much as the products themselves."""
     counts = (queries != 0).any(dim=-1).to(queries.dtype)
-    weights = counts / counts.sum(dim=1, keepdim=True)
-    mask, none = (items != 0).any(dim=-1), queries.new_empty(0)
-    there: Tensor = MeanBestMatch.apply(queries, items, weights, none, mask, False)[0]
-    return there
+    weights, mask = counts / counts.sum(dim=1, keepdim=True), (items != 0).any(dim=-1)
+    means = []
+    for part in _chunks(queries, items):
+        # Items first: the maximum is then over a middle axis, which is ten times faster than over a short last one.
+        products = items[part].flatten(0, 1) @ queries.flatten(0, 1).T
+        products.masked_fill_(~mask[part].flatten()[:, None], float("-inf"))
+        best = products.view(-1, items.shape[1], *queries.shape[:2]).amax(dim=1)
+        means.append((best * weights).sum(dim=-1))
+    return torch.cat(means).T
 
 
-def _without_padding(tokens: Tensor) -> Tensor:
-    """Without the positions at the end that are padding everywhere."""
-    used = (tokens != 0).any(dim=-1).any(dim=0).nonzero()
-    return tokens[:, : int(used[-1]) + 1] if len(used) else tokens
+def _by_length(tokens: Tensor, group: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """Groups of like length, cut to their longest, with their rows: padding is most of what captions hold."""
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    lengths, order = ((tokens != 0).any(dim=-1) * places).amax(dim=1).sort()
+    for rows, own in zip(torch.split(order, group), torch.split(lengths, group), strict=True):
+        yield rows, tokens[rows, : max(int(own[-1]), 1)]
