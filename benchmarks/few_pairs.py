@@ -100,7 +100,7 @@ ABLATIONS: dict[str, tuple[str, list[str]]] = {
 
 _REFERENCE_NEIGHBOURS = ["terms.nearest_neighbour.exclude_own=false", "terms.nearest_neighbour.random_start=true"]
 _ALL_NEIGHBOURS = 'terms.nearest_neighbour.texts=["augmented","masked"]'
-_SMALL_RESNET = ["model.image.layers=[1,1,1,1]", "model.image.width=16"]
+_SMALL_VIT = ["model.image.layers=6", "model.image.width=128", "model.image.patch_size=8"]
 ALL_METHODS: dict[str, tuple[str, list[str]]] = {
     "CLIP": ("clip", []),
     "SLIP": ("slip", []),
@@ -113,8 +113,7 @@ ALL_METHODS: dict[str, tuple[str, list[str]]] = {
     "DeCLIP, other pairs of views at half the weight": ("declip", ["terms.contrastive.multi_view=0.5"]),
     "DeCLIP, the code's neighbours": ("declip", [*_REFERENCE_NEIGHBOURS, _ALL_NEIGHBOURS]),
     "DeCLIP, logit scale at least 20": ("declip", ["model.logit_scale_range=[3.0,4.6052]"]),
-    "FILIP, a small ResNet": ("filip", _SMALL_RESNET),
-    "DeFILIP, a small ResNet": ("defilip", _SMALL_RESNET),
+    "DeFILIP, a small ViT": ("defilip", _SMALL_VIT),
     "FILIP, padding counts": ("filip", ["terms.token_wise.mask_padding=false"]),
     "FILIP, 16 tokens": ("filip", ["terms.token_wise.top_k=16"]),
     "FILIP, masked words": ("filip", ['terms.token_wise.texts=["masked"]']),

@@ -21,7 +21,7 @@ METHODS = ("clip", "slip", "filip", "declip", "defilip", "siglip")
 SMALLER = [
     *("data.train=demo:noto", "data.fraction=0.2", "data.workers=0", "data.cache_gb=0", "data.holdout=0"),
     *("schedule.batch_size=32", "schedule.pairs_seen=640", "engine.device=cpu", "engine.precision=float32"),
-    *("model.image.image_size=32", "model.embed_dim=32", "model.text.layers=1", "model.text.width=32"),
+    *("model.image.image_size=64", "model.embed_dim=32", "model.text.layers=1", "model.text.width=32"),
     *("model.text.heads=1", "optimizer.lr=2e-3"),
 ]
 HEADS = {
@@ -35,8 +35,7 @@ HEADS = {
 def smaller(method: str, *more: str) -> Recipe:
     terms = load_recipe(method).terms.active()
     heads = [override for name in terms for override in HEADS.get(name, [])]
-    tower = "model.image.patch_size=8" if "token_wise" in terms else "model.image.width=8"
-    return load_recipe(method, [*SMALLER, tower, *heads, *more])
+    return load_recipe(method, [*SMALLER, "model.image.width=8", *heads, *more])
 
 
 PRESETS = [(method, preset) for method in METHODS for preset in ("best", "paper", "reference")]
@@ -161,7 +160,7 @@ def test_capped_logit_scale(tiny: Callable[..., Recipe]) -> None:
 
 def test_views_apart_are_views_together_without_batch_norm(tiny: Callable[..., Recipe]) -> None:
     """A ViT gives the same; a ResNet's batch norm then sees one view at a time."""
-    for image, same in (([], True), (["model.image.layers=[1,1,1,1]", "model.image.image_size=32"], False)):
+    for image, same in (([], True), (["model.image.layers=[1,1,1,1]", "model.image.image_size=64"], False)):
         recipes = [tiny("declip", *image, f"model.views_apart={flag}") for flag in ("false", "true")]
         found = []
         for recipe in recipes:
