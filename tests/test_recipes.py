@@ -216,3 +216,17 @@ def test_text_views() -> None:
 def test_what_a_trained_model_compares() -> None:
     assert load_recipe("filip").similarity == "token_wise"
     assert load_recipe("defilip").similarity == load_recipe("siglip").similarity == "embedding"
+
+
+@pytest.mark.parametrize("tower", ["", "vit-b32"])
+def test_siglip_starts_as_published(tower: str) -> None:
+    """Temperature exp(ln 10) = 10 and bias -10 (SigLIP, §3.2)."""
+    import torch
+
+    from declip.model.towers import build_towers
+
+    with torch.device("meta"):
+        assert build_towers(load_recipe(name("siglip", tower)).model).logit_bias is not None
+    clip = build_towers(load_recipe("siglip").model)
+    assert clip.logit_bias.item() == -10
+    assert clip.logit_scale.exp().item() == pytest.approx(10, rel=1e-4)
