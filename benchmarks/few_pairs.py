@@ -108,6 +108,7 @@ ALL_METHODS: dict[str, tuple[str, list[str]]] = {
     "DeCLIP": ("declip", []),
     "DeFILIP": ("defilip", []),
     "SigLIP": ("siglip", []),
+    "SigLIP, method=paper": ("siglip", ["method=paper"]),
     "DeCLIP, method=paper": ("declip", ["method=paper"]),
     "DeCLIP, method=reference": ("declip", ["method=reference"]),
     "DeCLIP, other pairs of views at half the weight": ("declip", ["terms.contrastive.multi_view=0.5"]),
