@@ -100,6 +100,10 @@ ABLATIONS: dict[str, tuple[str, list[str]]] = {
 
 _REFERENCE_NEIGHBOURS = ["terms.nearest_neighbour.exclude_own=false", "terms.nearest_neighbour.random_start=true"]
 _ALL_NEIGHBOURS = 'terms.nearest_neighbour.texts=["augmented","masked"]'
+_STRONG_VIEWS = [
+    *("data.images.crop_scale=[0.2,1.0]", "data.images.flip=0.5", "data.images.jitter=0.8", "data.images.blur=0.5"),
+    *(*_COLOURS.format(0.4, 0.1).split(), "data.images.grayscale=0.2"),
+]
 _SMALL_VIT = ["model.image.layers=6", "model.image.width=128", "model.image.patch_size=8"]
 ALL_METHODS: dict[str, tuple[str, list[str]]] = {
     "CLIP": ("clip", []),
@@ -113,6 +117,7 @@ ALL_METHODS: dict[str, tuple[str, list[str]]] = {
     "DeCLIP, method=reference": ("declip", ["method=reference"]),
     "DeCLIP, other pairs of views at half the weight": ("declip", ["terms.contrastive.multi_view=0.5"]),
     "DeCLIP, the code's neighbours": ("declip", [*_REFERENCE_NEIGHBOURS, _ALL_NEIGHBOURS]),
+    "DeCLIP, the code's image views": ("declip", _STRONG_VIEWS),
     "DeCLIP, logit scale at least 20": ("declip", ["model.logit_scale_range=[3.0,4.6052]"]),
     "DeFILIP, a small ViT": ("defilip", _SMALL_VIT),
     "FILIP, padding counts": ("filip", ["terms.token_wise.mask_padding=false"]),
