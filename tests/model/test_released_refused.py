@@ -104,6 +104,7 @@ def test_truncated_and_other_files(tmp_path: Path) -> None:
         with pytest.raises(InputError) as error:
             declip.load(path)
         assert name in str(error.value)
+        assert "is damaged or no checkpoint" in str(error.value)
         assert "\n" not in str(error.value)
     for name, state in (("list", [torch.zeros(2)]), ("words", {"model": {"a": "b"}}), ("nothing", {})):
         torch.save(state, tmp_path / name)

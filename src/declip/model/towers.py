@@ -63,7 +63,8 @@ def build_towers(model: Model) -> Towers:
     try:
         clip = build_from_config(config | {"vision_cfg": vision}, init_logit_scale=model.logit_scale_init)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError, KeyError) as error:
-        raise InputError(f"model: open_clip cannot build these towers: {str(error).splitlines()[0]}.") from None
+        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+        raise InputError(f"model: open_clip cannot build these towers: {reason}.") from None
     if model.freeze_patch_embedding and isinstance(clip.visual, VisionTransformer):
         clip.visual.conv1.weight.requires_grad_(False)
     return clip
