@@ -61,6 +61,20 @@ def test_training_starts_from_a_clip_model(run: Path, tiny: Callable[..., Recipe
     assert_same(run, tmp_path / "on")
 
 
+def test_a_head_of_other_words_starts_anew(
+    tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The words in use are those of the first captions only, so the second run has more of them."""
+    few = "terms.masked_language.vocabulary=used"
+    declip.train(tiny("declip", few, "data.fraction=0.25"), tmp_path / "one", quiet=True)
+    start = f"model.start={str(tmp_path / 'one')!r}"
+    for more in ([few], []):
+        out = tmp_path / f"two{len(more)}"
+        declip.train(tiny("declip", start, "optimizer.lr=1e-12", "schedule.pairs_seen=8", *more), out, quiet=True)
+        assert_same(tmp_path / "one", out)
+        assert "has no head for masked_language that fits, it starts anew" in capsys.readouterr().err
+
+
 def test_an_open_clip_folder_stays_what_it_is(run: Path, tmp_path: Path) -> None:
     convert(run, tmp_path / "copy")
     assert_same(run, tmp_path / "copy")

@@ -28,8 +28,9 @@ def heads_of(model: DualEncoder, objective: Objective) -> dict[str, Tensor]:
 def start_from(options: Model, model: DualEncoder, objective: Objective) -> None:
     """Load the towers of the model that `options.start` names, and the heads that the run's terms share with it.
 
-    A head that is not there starts anew, and a line on stderr says so. Raises InputError where there is no such model,
-    or it is of another architecture or was trained on pixels of another mean and deviation.
+    A head that is not there, or that chooses among other words, starts anew, and a line on stderr says so.
+    Raises InputError where there is no such model, or it is of another architecture or was trained on pixels of another
+    mean and deviation.
     """
     where = f"model.start = {options.start!r}"
     finished = read_model(options.start or "")
@@ -37,13 +38,21 @@ def start_from(options: Model, model: DualEncoder, objective: Objective) -> None
     _load(model.clip, finished.weights, where)
     for name, term in objective.terms.items():
         own = {key.removeprefix(f"{name}."): t for key, t in finished.heads.items() if key.startswith(f"{name}.")}
-        if own:
+        if own and not _of_other_words(term, own):
             _load(term, own, f"{where}: {name}")
         elif any(True for _ in term.parameters()):
-            print(f"{where} has no head for {name}, which starts anew.", file=sys.stderr)
+            print(f"{where} has no head for {name} that fits, it starts anew.", file=sys.stderr)
     if model.mask_embedding is not None and "mask_embedding" in finished.heads:
         with torch.no_grad():
             model.mask_embedding.copy_(finished.heads["mask_embedding"])
+
+
+def _of_other_words(term: nn.Module, own: dict[str, Tensor]) -> bool:
+    """Whether a head chooses among other words: those of the captions that it was trained on (vocabulary=used)."""
+    here, there = getattr(term, "index", None), own.get("index")
+    if here is None or there is None:
+        return here is not there
+    return not torch.equal(here, there)
 
 
 def _check_pixels(finished: FinishedModel, options: Model, where: str) -> None:

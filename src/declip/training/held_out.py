@@ -56,16 +56,17 @@ class HeldOut:
         was_training = model.training
         model.eval()
         clip = model.clip
-        images = torch.cat(
-            [
-                embed_images(clip, model.pixels(part.to(device)), token_wise).cpu()
-                for part in torch.split(self.images, 256)
-            ]
-        )
-        texts = torch.cat(
-            [embed_texts(clip, part.to(device), self.pad, token_wise).cpu() for part in torch.split(self.tokens, 512)]
-        )
+        image_parts = [
+            embed_images(clip, model.pixels(part.to(device)), token_wise) for part in torch.split(self.images, 256)
+        ]
+        text_parts = [
+            embed_texts(clip, part.to(device), self.pad, token_wise) for part in torch.split(self.tokens, 512)
+        ]
         model.train(was_training)
+        # Embeddings are compared on the CPU, which costs nothing; tokens where they are, which may be a GPU.
+        images, texts = (
+            torch.cat(parts).to("cpu" if token_wise is None else device) for parts in (image_parts, text_parts)
+        )
         metrics = retrieval_metrics(images, texts, self.image_of_text)
         finite = bool(images.isfinite().all() and texts.isfinite().all())
         return {**metrics, "score": sum(metrics.values()) / len(metrics) if finite else math.nan}
