@@ -107,14 +107,16 @@ def seconds(loss: Callable[[], Tensor], repeats: int = 5) -> float:
     return statistics.median(times[1:])
 
 
+def ours_of(images: Tensor, texts: Tensor) -> Tensor:
+    return token_wise_infonce(images, texts, SCALE)
+
+
 def compare_token_wise(batch: int) -> dict[str, float]:
     images, texts = tokens(batch)
-    ours, naive = token_wise_infonce(images, texts, SCALE), naive_token_wise(images, texts)
+    ours, naive = ours_of(images, texts), naive_token_wise(images, texts)
+    repeats = max(2, 512 // batch)
     times = [  # by turns, so that both meet the same machine
-        (
-            seconds(lambda: token_wise_infonce(images, texts, SCALE), 2),
-            seconds(lambda: naive_token_wise(images, texts), 2),
-        )
+        tuple(seconds(lambda loss=loss: loss(images, texts), repeats) for loss in (ours_of, naive_token_wise))
         for _ in range(3)
     ]
     mine, theirs = (statistics.median(column) for column in zip(*times, strict=True))

@@ -78,7 +78,9 @@ def test_reference_is_the_public_code(method: str, tower: str) -> None:
     model, terms = recipe.model, recipe.terms
     assert recipe.method == "reference"
     assert (model.logit_scale_range, model.freeze_patch_embedding, model.views_apart) == ((3.0, 6.0), True, True)
-    assert model.normalization == "imagenet"
+    assert (model.normalization, model.quick_gelu) == ("imagenet", True)
+    assert (model.text.model_extra or {})["proj_bias"] is True
+    assert recipe.schedule.start_lr == pytest.approx(1e-4 / recipe.optimizer.lr)
     # SLIP and FILIP do not cap the factor itself.
     assert model.logit_scale_cap == (None if method in ("slip", "filip") else 100)
     assert recipe.optimizer.decay_embeddings
@@ -147,6 +149,12 @@ def test_towers_of_the_published_sizes() -> None:
 def test_declip_88m() -> None:
     vit, resnet = load_recipe("declip-88m"), load_recipe("declip-88m-rn50")
     assert [r.optimizer.kind for r in (vit, resnet)] == ["sgd", "sgd"]
+    for recipe in (vit, resnet):
+        neighbour = recipe.terms.nearest_neighbour
+        assert neighbour is not None
+        assert (recipe.method, neighbour.exclude_own, neighbour.random_start) == ("reference", False, True)
+        assert recipe.model.views_apart
+    assert total_steps(vit, 88_000_000) == 300_001
     assert (vit.optimizer.lr, vit.optimizer.momentum, vit.schedule.batch_size) == (0.2, 0.9, 10240)
     assert (vit.optimizer.weight_decay, resnet.optimizer.weight_decay) == (0.0, 1e-4)
     assert (vit.optimizer.logit_scale_lr, resnet.optimizer.logit_scale_lr) == (0.0, 1e-4)
@@ -162,6 +170,7 @@ def test_declip_88m() -> None:
     ("recipe", "overrides", "says"),
     [
         ("siglip", ["method=reference"], "recipe siglip has no preset method=reference: it has method=paper."),
+        ("declip-88m", ["method=best"], "recipe declip-88m has no preset method=best: it has none."),
         ("clip", ["method=newest"], "method = 'newest' is wrong"),
         ("siglip", ["model.logit_bias_init=none"], "terms.sigmoid needs a bias: set model.logit_bias_init"),
         ("clip", ["terms.sigmoid.weight=1"], "terms.sigmoid needs a bias"),

@@ -278,10 +278,10 @@ def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _override(changes, override)
     method = changes.get("method")
-    if method in ("paper", "reference") and method != values.get("method"):
-        if method not in presets:
-            has = ", ".join(f"method={name}" for name in presets) or "none"
-            raise InputError(f"{where} has no preset method={method}: it has {has}.")
+    if method in get_args(Recipe.model_fields["method"].annotation) and method != values.get("method", "best"):
+        if not isinstance(presets, dict) or not isinstance(presets.get(method), dict):
+            has = ", ".join(f"method={name}" for name in presets) if isinstance(presets, dict) else ""
+            raise InputError(f"{where} has no preset method={method}: it has {has or 'none'}.")
         _merge(values, presets[method])
     _merge(values, changes)
     return parse_recipe(values, where)

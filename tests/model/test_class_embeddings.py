@@ -57,3 +57,21 @@ def test_templates() -> None:
     assert resolve_templates(["simple", "my {}"])[-2:] == ["a photo of the small {}.", "my {}"]
     with pytest.raises(InputError, match=r"'a photo' has no \{\}"):
         resolve_templates(["a photo"])
+
+
+def test_long_names_of_token_models_are_not_at_a_disadvantage() -> None:
+    """Tokens of padding are zeros; what is left has length 1 in the mean, however many there are."""
+
+    class Words:
+        def encode_text(self, texts: list[str]) -> torch.Tensor:
+            tokens = torch.nn.functional.normalize(torch.randn(len(texts), 9, 4), dim=-1)
+            lengths = torch.tensor([len(text.split()) for text in texts])
+            return tokens * (torch.arange(9) < lengths[:, None])[..., None]
+
+    torch.manual_seed(0)
+    found = class_embeddings(Words(), ["cat", "very long name of a thing"], ["{}"])
+    assert found.shape == (2, 9, 4)
+    lengths = found.norm(dim=-1)
+    torch.testing.assert_close(lengths[0, :1], torch.ones(1))
+    torch.testing.assert_close(lengths[1, :6], torch.ones(6))
+    assert (lengths[1, 6:] == 0).all()

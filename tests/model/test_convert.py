@@ -9,9 +9,11 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import declip
 from declip.cli import main
+from declip.errors import InputError
 from declip.model.convert import convert
 from declip.recipe import Recipe
 
@@ -92,10 +94,77 @@ def test_a_resnet_is_no_clip_model(
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_damaged_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "open_clip_config.json").write_text('{"model_cfg": {"embed_dim": 16, "vision_cfg": {}, "text_cfg": {}}}')
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("{", "cannot be opened"),
+        ("[]", "it has no model_cfg"),
+        ('{"model_cfg": []}', "it has no model_cfg"),
+        ('{"model_cfg": {"embed_dim": 16, "vision_cfg": {}}}', "its text_cfg is no table of settings"),
+        ('{"model_cfg": {"vision_cfg": {}, "text_cfg": {}}}', "its embed_dim is no number"),
+        ('{"model_cfg": {"embed_dim": 16, "vision_cfg": {}, "text_cfg": {}}, "declip": 3}', "its declip is no table"),
+        (
+            '{"model_cfg": {"embed_dim": 16, "vision_cfg": {}, "text_cfg": {}}, "declip": {"similarity": "tokenwise"}}',
+            "similarity = 'tokenwise' is neither embedding nor token_wise",
+        ),
+        (
+            '{"model_cfg": {"embed_dim": 16, "vision_cfg": {}, "text_cfg": {}}}',
+            "of another architecture: ln_final.bias has the shape [32], not [512]",
+        ),
+    ],
+)
+def test_a_damaged_folder(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, says: str
+) -> None:
+    (run / "open_clip_config.json").write_text(config)
     capsys.readouterr()
-    assert main(["evaluate", str(run), "demo:noto"]) == 2
-    error = capsys.readouterr().err
-    assert "cannot be opened" in error
-    assert "Traceback" not in error
+    for argv in (["evaluate", str(run), "demo:noto"], ["convert", str(run), str(tmp_path / "new")]):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert says in error
+        assert "Traceback" not in error
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("spoil", ["missing", "left over"])
+def test_tensors_that_do_not_fit_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: str
+) -> None:
+    path = run / "open_clip_model.safetensors"
+    tensors = load_file(path)
+    if spoil == "missing":
+        del tensors["visual.ln_pre.bias"]
+    else:
+        tensors["adapter.weight"] = torch.zeros(2)
+    save_file(tensors, path)
+    for argv in (["evaluate", str(run), "demo:noto"], ["convert", str(run), str(tmp_path / "new")]):
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert ("visual.ln_pre.bias is missing" if spoil == "missing" else "adapter.weight is left over") in error
+        assert not (tmp_path / "new").exists()
+
+
+def test_places_and_options_that_will_not_do(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    for argv, says in (
+        ([str(run), str(tmp_path / "file" / "new")], "cannot be made"),
+        ([str(run), str(tmp_path / "new"), "--image-heads", "2"], "is no released file"),
+    ):
+        assert main(["convert", *argv]) == 2
+        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("model.quick_gelu=true", "quick_gelu is False there, True in the recipe"),
+        ("model.image.head_width=16", "vision_cfg.head_width is 32 there, 16 in the recipe"),
+        ("model.text.heads=2", "text_cfg.heads is 1 there, 2 in the recipe"),
+    ],
+)
+def test_the_same_tensors_in_another_computation(
+    run: Path, tiny: Callable[..., Recipe], tmp_path: Path, change: str, says: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        declip.train(tiny("clip", f"model.start={str(run)!r}", change), tmp_path / "on", quiet=True)
+    assert says in str(error.value)

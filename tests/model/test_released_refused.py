@@ -22,6 +22,14 @@ def without(name: str) -> Callable[[State], None]:
     return remove
 
 
+def without_all(prefix: str) -> Callable[[State], None]:
+    def remove(state: State) -> None:
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+
+    return remove
+
+
 def with_more(name: str) -> Callable[[State], None]:
     def add(state: State) -> None:
         state[name] = torch.zeros(3)
@@ -51,6 +59,13 @@ def openai_rows(state: State) -> None:
         (without("module.encode_text.positional_embedding"), "missing: encode_text.positional_embedding"),
         (without("module.projector.bn2.running_var"), "missing: projector.bn2.running_var"),
         (without("module.text_label_predictor.bias"), "missing: text_label_predictor.bias"),
+        (without_all("module.predictor."), "missing: predictor.bn1.bias, predictor.bn1.num_batches_tracked"),
+        (other_shape("module.projector.linear1.weight"), "simsiam.projector.linear1.weight has the shape [5, 5]"),
+        (other_shape("module.text_label_predictor.weight"), "does not fit together"),
+        (other_shape("module.visual.positional_embedding"), "does not fit together"),
+        (other_shape("module.visual.conv1.weight"), "does not fit together"),
+        (other_shape("module.encode_text.token_embedding.weight"), "its token_embedding has 5 rows"),
+        (other_shape("module.logit_scale"), "does not fit together"),
         (with_more("module.visual.adapter.weight"), "left over: visual.adapter.weight"),
         (with_more("module.teacher.weight"), "left over: teacher.weight"),
         (with_more("module.projector.bn4.weight"), "left over: projector.bn4.weight"),
@@ -81,6 +96,21 @@ class Payload:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (without("module.logit_scale_dense"), "missing: logit_scale_dense"),
+        (without_all("module.image_mapping."), "missing: image_mapping.bias, image_mapping.weight"),
+        (other_shape("module.image_mapping.weight"), "image_mapping.weight has the shape [5, 5]"),
+    ],
+)
+def test_filip_with_half_its_mappings(tmp_path: Path, spoil: Callable[[State], None], says: str) -> None:
+    """It would be scored by an embedding that was never trained."""
+    with pytest.raises(InputError) as error:
+        declip.load(make_file(tmp_path, "filip", spoil), image_heads=2, text_heads=2)
+    assert says in str(error.value)
 
 
 def test_no_code_is_run(tmp_path: Path) -> None:
@@ -115,7 +145,7 @@ def test_truncated_and_other_files(tmp_path: Path) -> None:
 def test_heads_that_do_not_fit(tmp_path: Path) -> None:
     path = make_file(tmp_path, "clip")
     with pytest.raises(
-        InputError, match="a width of 16 is not made of heads of 64: say how many there are with --text-heads"
+        InputError, match=r"a width of 16 is not made of heads of 64: say how many there are .* --text-heads N"
     ):
         declip.load(path)
     with pytest.raises(InputError, match="--image-heads 3 does not divide the width of 64"):

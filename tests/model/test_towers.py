@@ -12,7 +12,7 @@ from declip.data.captions import MASK_ID, Tokenizer, tokenize
 from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image
-from declip.model.text_tower import GROUP, encode_text
+from declip.model.text_tower import GROUP, encode_text, trim
 from declip.model.towers import build_towers
 from declip.recipe import Model, parse_recipe
 
@@ -170,3 +170,56 @@ def test_impossible_towers(changes: dict[str, Any]) -> None:
 def test_image_smaller_than_a_patch() -> None:
     with pytest.raises(InputError, match="images of 4 px are smaller than a patch of 8 px"):
         build_towers(towers(image=TOWERS["image"] | {"image_size": 4}))
+
+
+def test_another_vocabulary_is_read_at_its_end_token() -> None:
+    """The largest id of a caption, wherever it stands in the vocabulary."""
+    torch.manual_seed(0)
+    clip = build_towers(towers(text=TOWERS["text"] | {"vocab_size": 50_000})).eval()
+    tokens = trimmed(["a red heart", "dog"])
+    found = encode_text(clip, tokens).embedding
+    torch.testing.assert_close(found, clip.encode_text(padded(tokens)), rtol=1e-4, atol=1e-5)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("count", [2, GROUP + 3])
+def test_a_word_of_id_0_is_no_padding(count: int) -> None:
+    """In "heart!;" the exclamation mark is token 0."""
+    torch.manual_seed(0)
+    clip = build_towers(towers()).eval()
+    tokens = trimmed([f"a red heart!; number {number}" if number % 2 else "heart !; !;" for number in range(count)])
+    assert (tokens[:, 1:4] == 0).any()
+    cut = trim(padded(tokens))
+    assert cut.shape == tokens.shape
+    torch.testing.assert_close(encode_text(clip, cut).embedding, clip.encode_text(padded(tokens)), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_with_the_end_token() -> None:
+    """As Hugging Face's tokenizer of CLIP pads: the first end token is the one that counts."""
+    torch.manual_seed(0)
+    clip = build_towers(towers()).eval()
+    tokens = padded(trimmed(["a red heart", "a dog"]))
+    expected = clip.encode_text(tokens)
+    padded_so = tokens.masked_fill(tokens == 0, 49407)
+    found = encode_text(clip, trim(padded_so, 49407)).embedding
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"text": TOWERS["text"] | {"vocab_size": 1000}},
+            "model.text.vocab_size = 1000 is below the tokenizer's 49408",
+        ),
+        ({"text": TOWERS["text"] | {"embed_cls": True}}, "model.text.embed_cls"),
+        ({"image": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 32}}, "model.image.image_size = 32"),
+        (
+            {"image": {"timm_model_name": "resnet10t", "image_size": 32}, "freeze_patch_embedding": True},
+            "only open_clip's own ViT",
+        ),
+    ],
+)
+def test_towers_that_cannot_be_trained(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        DualEncoder(parse_recipe({"model": TOWERS | changes}))

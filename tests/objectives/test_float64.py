@@ -266,6 +266,16 @@ def test_gradcheck_of_the_scales() -> None:
     assert torch.autograd.gradcheck(lambda s, b: sigmoid_loss(images[:, 0], texts[:, 0], s, b), (scale, bias))
 
 
+def test_sigmoid_under_autocast() -> None:
+    """Its gradients are its own, so it computes in one precision, whatever the loop around it does."""
+    images, texts = vectors(3, 6, 4).float().requires_grad_(), vectors(4, 6, 4).float()
+    alone = sigmoid_loss(images, texts, SCALE.float(), BIAS.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = sigmoid_loss(images, texts, SCALE.float(), BIAS.float())
+    assert loss.item() == alone.item()
+    loss.backward()
+
+
 # What changes nothing
 
 

@@ -52,6 +52,13 @@ def test_embeddings_decay_where_asked(tiny: MakeRecipe) -> None:
     assert all(any(part in name for part in ("bias", "ln_", ".bn", "logit_scale")) for name in plain)
 
 
+def test_embeddings_of_other_towers_do_not_decay(tiny: MakeRecipe) -> None:
+    image = ["model.image.timm_model_name=vit_tiny_patch16_224", "model.image.image_size=224"]
+    decayed, plain = names(tiny("clip", *image, "model.image.timm_pool=token"))
+    assert {"clip.visual.trunk.pos_embed", "clip.visual.trunk.cls_token"} <= plain
+    assert "clip.visual.trunk.blocks.0.attn.qkv.weight" in decayed
+
+
 def test_frozen_parameters_are_left_out(tiny: MakeRecipe) -> None:
     decayed, plain = names(tiny("clip", "model.freeze_patch_embedding=true"))
     assert "clip.visual.conv1.weight" not in decayed | plain

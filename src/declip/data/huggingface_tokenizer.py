@@ -48,6 +48,8 @@ class HuggingFaceTokenizer:
 
 def _special_tokens(tokenizer: Any, vocabulary: int | None) -> SpecialTokens:
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    if all(token == tokenizer.unk_token_id for token in bare):
+        raise InputError(f"The tokenizer {tokenizer.name_or_path!r} knows no words: are its files in that folder?")
     at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     size = vocabulary or len(tokenizer)
     mask = size if tokenizer.mask_token_id is None else tokenizer.mask_token_id

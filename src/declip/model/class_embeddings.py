@@ -23,8 +23,9 @@ class TextEncoder(Protocol):
 def class_embeddings(model: TextEncoder, class_names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
     """One normalised float32 vector a class: encode every prompt, normalise, average, normalise: ``[classes, width]``.
 
-    Of a model that compares tokens, prompts are averaged position by position and a class is normalised as a whole (as
-    in the public FILIP): ``[classes, tokens, width]``.
+    Of a model that compares tokens, prompts are averaged position by position and a class is normalised as a whole, as
+    in the public FILIP, to tokens of length 1 in the mean: ``[classes, tokens, width]``. (There all classes have the
+    same number of tokens; where padding takes no part, long names would otherwise have shorter ones.)
     Templates are sentences with ``{}`` for the class name, or the names of sets; by default OpenAI's 80.
     Raises InputError where a template has no ``{}``.
     """
@@ -37,4 +38,7 @@ def class_embeddings(model: TextEncoder, class_names: Sequence[str], templates: 
         embeddings = functional.normalize(torch.as_tensor(model.encode_text(prompts)).float().cpu(), dim=-1)
         means.append(torch.unflatten(embeddings, 0, (len(names), len(templates))).mean(1))
     whole = torch.cat(means)
-    return functional.normalize(whole.flatten(1), dim=-1).view_as(whole)
+    if whole.ndim == 2:
+        return functional.normalize(whole, dim=-1)
+    tokens = (whole != 0).any(dim=-1).sum(dim=1)[:, None, None]
+    return functional.normalize(whole.flatten(1), dim=-1).view_as(whole) * tokens.sqrt()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from declip.errors import InputError
 from declip.model.export import FinishedModel
 from declip.model.huggingface import write_huggingface
-from declip.model.pretrained import open_tokenizer, read_model
+from declip.model.pretrained import build, open_tokenizer, read_model
 
 FORMATS = ("open_clip", "huggingface")
 
@@ -33,13 +34,25 @@ def convert(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} already holds files: give another folder.")
     finished = read_model(source, image_heads, text_heads)
-    if to == "open_clip":
+    if to == "huggingface":
+        _refuse_for_huggingface(finished, source)
+    if finished.module is None:
+        build(source, finished)  # whatever does not fit is found before anything is written
+    result = {"source": source, "folder": str(folder), "format": to, **summary(finished)}
+    if to == "huggingface":
+        write_huggingface(folder, finished.config, finished.weights)
+        return result
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be made ({error.strerror}): give another one.") from None
+    try:
         _write_tokenizer(finished, folder)
         finished.write(folder)
-    else:
-        _refuse_for_huggingface(finished, source)
-        write_huggingface(folder, finished.config, finished.weights)
-    return {"source": source, "folder": str(folder), "format": to, **summary(finished)}
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # it was empty, and half a model is none
+        raise
+    return result
 
 
 def _write_tokenizer(finished: FinishedModel, folder: Path) -> None:
@@ -52,7 +65,6 @@ def _write_tokenizer(finished: FinishedModel, folder: Path) -> None:
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(f"The model's tokenizer {name!r} cannot be opened: {reason}.") from None
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
 
 
@@ -67,12 +79,12 @@ def summary(finished: FinishedModel) -> dict[str, Any]:
     """What a model is, in a few figures."""
     config = finished.config["model_cfg"]
     vision = config["vision_cfg"]
-    image = vision.get("timm_model_name") or f"{vision['layers']} layers × {vision['width']}, {vision['image_size']} px"
+    image = vision.get("timm_model_name") or _in_words(vision, 12, 768, ", {} px")
     text = config.get("text_cfg")
     if finished.options["towers"] == "image" or text is None:
         words = None
     else:
-        words = text.get("hf_model_name") or f"{text['layers']} layers × {text['width']}"
+        words = text.get("hf_model_name") or _in_words(text, 12, 512)
     heads = sorted({name.partition(".")[0] for name in finished.heads} - {"mask_embedding"})
     return {
         "image_tower": image,
@@ -82,3 +94,10 @@ def summary(finished: FinishedModel) -> dict[str, Any]:
         "similarity": finished.options["similarity"],
         "heads": heads,
     }
+
+
+def _in_words(tower: dict[str, Any], layers: int, width: int, size: str = "") -> str:
+    """A tower's size; what its description leaves out is open_clip's default."""
+    return f"{tower.get('layers', layers)} layers × {tower.get('width', width)}" + size.format(
+        tower.get("image_size", 224)
+    )

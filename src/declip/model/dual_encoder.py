@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Batch
+from declip.data.captions import EOT, Tokenizer
 from declip.errors import InputError
 from declip.model.image_tower import EncodedImages, encode_image, image_widths
-from declip.model.text_tower import encode_text, needs_full_captions, text_facts
+from declip.model.text_tower import caption_lengths, encode_text, needs_full_captions, text_facts
 from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config
 from declip.recipe import Recipe
@@ -82,6 +83,10 @@ class DualEncoder(nn.Module):
         self.whole_captions = recipe.pads_captions
         self.full_captions = recipe.pads_captions or needs_full_captions(self.clip)
         self._read_terms(recipe)
+        if isinstance(self.tokenizer, Tokenizer) and self.text.vocabulary <= EOT:
+            raise InputError(
+                f"model.text.vocab_size = {self.text.vocabulary} is below the tokenizer's {EOT + 1} tokens."
+            )
         masked = "masked" in recipe.text_views
         if masked and self.text.own_mask and self.tokenizer.special.mask >= self.text.vocabulary:
             raise InputError("model.text: this tower's tokenizer has no mask token, which the masked text view needs.")
@@ -97,7 +102,13 @@ class DualEncoder(nn.Module):
         self.wants_pooled, self.wants_image_tokens = "simclr" in terms, "token_wise" in terms
         if recipe.terms.token_wise and self.wants_image_tokens:
             self.token_views |= set(recipe.terms.token_wise.texts)
-        self.dim, pooled, tokens = image_widths(self.clip)
+        try:
+            self.dim, pooled, tokens = image_widths(self.clip)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+            raise InputError(
+                f"model.image: the tower takes no images of model.image.image_size = {self.image_size}: {reason}."
+            ) from None
         if self.wants_pooled and pooled is None:
             raise InputError("terms.simclr: this image tower gives no feature before its projection.")
         if self.wants_image_tokens and tokens is None:
@@ -130,8 +141,13 @@ class DualEncoder(nn.Module):
             pooled_image=image.pooled.float() if self.wants_pooled and image.pooled is not None else None,
             image_tokens=image.tokens.float() if self.wants_image_tokens and image.tokens is not None else None,
             text_tokens={view: tokens.float() for view, tokens, _ in wanted},
-            text_mask={view: ids != self.tokenizer.special.pad for view, _, ids in wanted},
+            text_mask={view: self._words(ids) for view, _, ids in wanted},
         )
+
+    def _words(self, tokens: Tensor) -> Tensor:
+        """bool [batch, tokens], false where a caption is padded."""
+        lengths = caption_lengths(tokens, self.tokenizer.special.pad)
+        return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
     def _encode_views(self, images: Tensor) -> EncodedImages:
         """uint8 [image views, batch, height, width, 3]; every output gets the two leading dimensions."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from declip.model.heads import TokenMappings
 from declip.model.image_tower import encode_image
-from declip.model.text_tower import encode_text, needs_full_captions, trim
+from declip.model.text_tower import caption_lengths, encode_text, needs_full_captions, trim
 from declip.model.towers import Towers
 
 
 class TokenWise(NamedTuple):
-    """How a model that compares tokens does it: its mappings, and whether padding takes no part."""
+    """How a model that compares tokens does it: its mappings, whether padding takes no part, and the logit scale."""
 
     mappings: TokenMappings
     mask_padding: bool
+    logit_scale: Tensor | None = None
 
 
 def embed_images(clip: Towers, pixels: Tensor, token_wise: TokenWise | None = None) -> Tensor:
@@ -41,5 +43,6 @@ def embed_texts(clip: Towers, tokens: Tensor, pad: int = 0, token_wise: TokenWis
     if not token_wise.mask_padding:
         return token_wise.mappings.map_text(encode_text(clip, tokens, whole=True).tokens.float())
     cut = tokens if needs_full_captions(clip) else trim(tokens, pad)
-    mapped = token_wise.mappings.map_text(encode_text(clip, cut).tokens.float()) * (cut != pad)[..., None]
+    words = torch.arange(cut.shape[1], device=cut.device) < caption_lengths(cut, pad)[:, None]
+    mapped = token_wise.mappings.map_text(encode_text(clip, cut).tokens.float()) * words[..., None]
     return F.pad(mapped, (0, 0, 0, tokens.shape[1] - cut.shape[1]))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from declip.errors import InputError
 from declip.files import save_weights, write_atomically
@@ -77,10 +77,30 @@ def read_open_clip_folder(folder: Path) -> FinishedModel:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / CONFIG} cannot be opened: {error}.") from None
-    if not isinstance(config, dict) or "model_cfg" not in config:
-        raise InputError(f"{folder / CONFIG} describes no model: it has no model_cfg.")
+    _check_config(config, folder / CONFIG)
     heads = read_weights(folder / HEADS) if (folder / HEADS).is_file() else {}
     return FinishedModel(config, read_weights(folder / WEIGHTS), heads, f"local-dir:{folder}")
+
+
+def _check_config(config: Any, path: Path) -> None:
+    model = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(model, dict):
+        raise InputError(f"{path} describes no model: it has no model_cfg.")
+    options = config.get("declip", {})
+    parts = {
+        "preprocess_cfg": config.get("preprocess_cfg", {}),
+        "declip": options,
+        "vision_cfg": model.get("vision_cfg"),
+    }
+    if not isinstance(options, dict) or options.get("towers") != "image":
+        parts["text_cfg"] = model.get("text_cfg")
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise InputError(f"{path} describes no model: its {name} is no table of settings.")
+    if not isinstance(model.get("embed_dim"), int):
+        raise InputError(f"{path} describes no model: its embed_dim is no number.")
+    if options.get("similarity", "embedding") not in ("embedding", "token_wise"):
+        raise InputError(f"{path}: similarity = {options['similarity']!r} is neither embedding nor token_wise.")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -92,3 +112,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be opened: {str(error).splitlines()[0]}.") from None
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Load all tensors, no more and no fewer; raises InputError that names the first which does not fit."""
+    expected = module.state_dict()
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state:
+            raise InputError(f"{where} is of another architecture: {name} is missing there.")
+        if name not in expected:
+            raise InputError(f"{where} is of another architecture: {name} is left over.")
+        if state[name].shape != expected[name].shape:
+            shapes = list(state[name].shape), list(expected[name].shape)
+            raise InputError(f"{where} is of another architecture: {name} has the shape {shapes[0]}, not {shapes[1]}.")
+    module.load_state_dict(state)

@@ -51,7 +51,7 @@ def _encode_vit(tower: VisionTransformer, pixels: Tensor) -> EncodedImages:
     x = tower.transformer(tower._embeds(pixels))
     pooled, _ = tower._pool(x)
     embedding = pooled if tower.proj is None else pooled @ tower.proj
-    # Before the last norm, as in the public FILIP; with attentional pooling there is no class token to leave out.
+    # Before the last norm, as in the public FILIP, and without the class token.
     return EncodedImages(embedding, pooled, x[:, 1:])
 
 

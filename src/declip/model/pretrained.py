@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from declip.errors import InputError
 from declip.model.class_embeddings import class_embeddings
 from declip.model.embed import TokenWise, embed_images, embed_texts
-from declip.model.export import FinishedModel, is_open_clip_folder, read_open_clip_folder
+from declip.model.export import FinishedModel, is_open_clip_folder, load_strictly, read_open_clip_folder
 from declip.model.heads import TokenMappings
 from declip.model.huggingface import is_huggingface_folder, read_huggingface
 from declip.model.released import read_released
@@ -51,6 +51,8 @@ def load(
 def read_model(spec: str, image_heads: int | None = None, text_heads: int | None = None) -> FinishedModel:
     """Description and tensors of a model, whatever its format; see `load`."""
     path = Path(spec.removeprefix("local-dir:"))
+    if (image_heads or text_heads) and not path.is_file():
+        raise InputError(f"{spec} is no released file: it says itself how many heads its towers have.")
     if path.is_dir():
         if is_open_clip_folder(path):
             return read_open_clip_folder(path)
@@ -88,7 +90,7 @@ def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
 
     options = finished.options
     image_only = options["towers"] == "image"
-    clip = finished.module or _build(finished, image_only)
+    clip = finished.module or build(name, finished)
     known = {field.name for field in fields(PreprocessCfg)}
     preprocessing = {k: v for k, v in finished.config.get("preprocess_cfg", {}).items() if k in known}
     preprocessing["size"] = clip.visual.image_size
@@ -98,21 +100,28 @@ def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
     tokenizer = None if image_only else open_tokenizer(finished)
     token_wise = None
     if options["similarity"] == "token_wise":
-        token_wise = TokenWise(_token_mappings(finished.heads).to(device).eval(), options["mask_padding"])
+        mappings = _token_mappings(finished.heads).to(device).eval()
+        token_wise = TokenWise(mappings, options["mask_padding"], finished.heads.get("token_wise.logit_scale"))
     return LoadedModel(name, clip.to(device).eval(), preprocess, tokenizer, token_wise)
 
 
-def _build(finished: FinishedModel, image_only: bool) -> Towers:
-    config = finished.config["model_cfg"]
+def build(name: str, finished: FinishedModel) -> Towers:
+    """The towers with their weights; raises InputError that names a tensor that does not fit."""
+    config, image_only = finished.config["model_cfg"], finished.options["towers"] == "image"
     # A text tower that is not there still has to be described.
     text_cfg = {"layers": 1, "width": 64, "heads": 1} if image_only else config["text_cfg"]
     if "hf_model_name" in text_cfg:
         text_cfg = {**text_cfg, "hf_model_pretrained": False}  # the weights are at hand
-    clip = build_from_config({**config, "text_cfg": text_cfg})
-    left = clip.load_state_dict(finished.weights, strict=not image_only)
-    if image_only and (left.unexpected_keys or any(key.startswith("visual.") for key in left.missing_keys)):
-        raise RuntimeError("the image tower's tensors are not those that its description asks for")
+    vision_cfg = {**config["vision_cfg"], "timm_model_pretrained": False}
+    clip = build_from_config({**config, "vision_cfg": vision_cfg, "text_cfg": text_cfg})
+    load_strictly(clip.visual if image_only else clip, _towers(finished, image_only), f"The model {name!r}")
     return clip
+
+
+def _towers(finished: FinishedModel, image_only: bool) -> dict[str, Tensor]:
+    if not image_only:
+        return finished.weights
+    return {key.removeprefix("visual."): tensor for key, tensor in finished.weights.items()}
 
 
 def _token_mappings(heads: dict[str, Tensor]) -> TokenMappings:
@@ -194,7 +203,8 @@ class LoadedModel:
         if not len(embeddings):
             return []
         classes = class_embeddings(self, labels, templates)
-        scale = self.clip.logit_scale.exp().cpu()  # type: ignore[operator]
+        own = self.token_wise.logit_scale if self.token_wise else None
+        scale = (self.clip.logit_scale if own is None else own).exp().cpu()  # type: ignore[operator]
         probabilities = (scale * similarity(embeddings, classes)).softmax(dim=-1)
         rows = (dict(zip(labels, row, strict=True)) for row in probabilities.tolist())
         return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from declip.errors import InputError
 from declip.model.dual_encoder import NORMALIZATIONS
 from declip.model.export import FinishedModel
-from declip.model.heads import ContrastiveHead, Predictor, Projector
+from declip.model.heads import ContrastiveHead, Predictor, Projector, TokenMappings
 from declip.model.towers import build_from_config
 
 VOCABULARY = 49409
@@ -44,6 +44,13 @@ HEAD_TENSORS = {
     "text_mapping.": LINEAR,
     "logit_scale_dense": {""},
 }
+# Heads that belong together.
+TERMS = (
+    ("projector.", "predictor."),
+    ("predictor_sim.",),
+    ("text_label_predictor.",),
+    ("image_mapping.", "text_mapping.", "logit_scale_dense"),
+)
 UNUSED = re.compile(r"predictor_sim\.bn3\.")  # made, saved and never used
 
 
@@ -78,6 +85,13 @@ def convert_released(
     state: dict[str, Tensor], where: str, image_heads: int | None = None, text_heads: int | None = None
 ) -> FinishedModel:
     """Released tensors (without `module.`) as an open_clip model and the heads of its terms; see `read_released`."""
+    try:
+        return _convert(state, where, image_heads, text_heads)
+    except (ValueError, IndexError, RuntimeError) as error:  # a tensor without the dimensions that its name promises
+        raise InputError(f"{where} does not fit together: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def _convert(state: dict[str, Tensor], where: str, image_heads: int | None, text_heads: int | None) -> FinishedModel:
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     prefix = _image_prefix(state, where)
     image = {f"visual.{n.removeprefix(prefix)}": t for n, t in state.items() if n.startswith(prefix)}
@@ -106,6 +120,7 @@ def convert_released(
     embedding = towers["token_embedding.weight"][ROWS]
     towers["token_embedding.weight"], heads["mask_embedding"] = embedding[:-1].clone(), embedding[-1].clone()
     _check(towers, rest, config["model_cfg"], where)
+    _check_heads(heads, config["model_cfg"], where)
     if "token_wise.logit_scale" in heads and "simsiam.projector.linear1.weight" not in heads:
         config["declip"] |= {"similarity": "token_wise", "mask_padding": False}  # FILIP: nothing else was trained
     return FinishedModel(config, towers, heads)
@@ -171,7 +186,8 @@ def _count(tensors: dict[str, Tensor], pattern: str) -> int:
 def _head_width(width: int, heads: int | None, option: str, where: str) -> int:
     if heads is None and width % 64:
         raise InputError(
-            f"{where}: a width of {width} is not made of heads of 64: say how many there are with {option}."
+            f"{where}: a width of {width} is not made of heads of 64: say how many there are "
+            f"(declip convert … {option} N)."
         )
     if heads is not None and (heads < 1 or width % heads):
         raise InputError(f"{where}: {option} {heads} does not divide the width of {width}.")
@@ -179,18 +195,53 @@ def _head_width(width: int, heads: int | None, option: str, where: str) -> int:
 
 
 def _heads(rest: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Take the terms' heads out of `rest`, under our names; a head is there whole or not at all."""
+    """Take the terms' heads out of `rest`, under our names; a term's heads are there whole or not at all."""
     for name in [name for name in rest if UNUSED.match(name)]:
         del rest[name]
     heads = {}
+    for term in TERMS:
+        names = {theirs + part for theirs in term for part in HEAD_TENSORS[theirs]}
+        if names & rest.keys() and (missing := names - rest.keys()):
+            raise _refused(where, sorted(missing), [])
     for theirs, ours in HEADS.items():
-        parts = {name.removeprefix(theirs) for name in rest if name.startswith(theirs)}
-        if parts and (missing := HEAD_TENSORS[theirs] - parts):
-            raise _refused(where, [theirs + name for name in sorted(missing)], [])
-        for part in parts & HEAD_TENSORS[theirs]:
-            tensor = rest.pop(theirs + part)
-            heads[ours + part] = tensor[ROWS] if theirs == "text_label_predictor." else tensor
+        for part in HEAD_TENSORS[theirs]:
+            if theirs + part in rest:
+                tensor = rest.pop(theirs + part)
+                heads[ours + part] = tensor[ROWS] if theirs == "text_label_predictor." else tensor
     return heads
+
+
+def _check_heads(heads: dict[str, Tensor], model_cfg: dict[str, Any], where: str) -> None:
+    """Raise InputError unless each head has the shapes that its own width and the towers' ask for."""
+    vision, dim, words = model_cfg["vision_cfg"], model_cfg["embed_dim"], model_cfg["text_cfg"]["width"]
+    tokens = 32 * vision["width"] if isinstance(vision["layers"], list) else vision["width"]
+    expected: dict[str, Tensor] = {}
+
+    def expect(prefix: str, module: nn.Module) -> None:
+        expected.update({prefix + name: tensor for name, tensor in module.state_dict().items()})
+
+    with torch.device("meta"):
+        if "simsiam.projector.linear3.weight" in heads:
+            width, bottleneck = (
+                heads[f"simsiam.{part}.weight"].shape[0] for part in ("projector.bn3", "predictor.bn1")
+            )
+            expect("simsiam.projector.", Projector(dim, width))
+            expect("simsiam.predictor.", Predictor(width, bottleneck))
+        if "simclr.head.bn2.weight" in heads:
+            width, out = (heads[f"simclr.head.{part}"].shape[0] for part in ("bn2.weight", "linear3.bias"))
+            expect("simclr.head.", ContrastiveHead(tokens, width, out))
+        if "masked_language.head.weight" in heads:
+            expect("masked_language.head.", nn.Linear(words, VOCABULARY))
+        if "token_wise.logit_scale" in heads:
+            out = heads["token_wise.mappings.image_mapping.bias"].shape[0]
+            expect("token_wise.mappings.", TokenMappings(tokens, words, out))
+            expected["token_wise.logit_scale"] = torch.zeros(())
+    for name, tensor in expected.items():
+        if heads[name].shape != tensor.shape:
+            raise InputError(
+                f"{where} does not fit together: {name} has the shape {list(heads[name].shape)}, the other tensors ask "
+                f"for {list(tensor.shape)}."
+            )
 
 
 def _check(towers: dict[str, Tensor], rest: dict[str, Tensor], model_cfg: dict[str, Any], where: str) -> None:

@@ -70,7 +70,7 @@ def encode_text(
         return _encode_padded(clip, tokens, x)
     if whole or tokens.device.type != "cpu" or tokens.shape[0] <= GROUP:
         return _encode_group(clip, tokens, x)
-    lengths, order = (tokens != 0).sum(dim=1).sort()
+    lengths, order = caption_lengths(tokens).sort()
     groups = zip(torch.split(order, GROUP), torch.split(lengths, GROUP), strict=True)
     encoded = [_encode_group(clip, tokens[rows, : int(own[-1])], x[rows, : int(own[-1])]) for rows, own in groups]
     back = order.argsort()
@@ -85,8 +85,17 @@ def needs_full_captions(clip: Towers) -> bool:
 
 
 def trim(tokens: Tensor, pad: int = 0) -> Tensor:
-    """Tokens cut to the longest caption: int64 [batch, tokens] padded at the end -> [batch, longest]."""
-    return tokens[:, : int((tokens != pad).sum(dim=1).max())]
+    """Tokens cut to the longest caption: int64 [batch, tokens] padded at the end -> [batch, longest].
+
+    Where padding is not 0 one position more stays: some tokenizers pad with the end token, and the first one is read.
+    """
+    return tokens[:, : int(caption_lengths(tokens, pad).max()) + (pad != 0)]
+
+
+def caption_lengths(tokens: Tensor, pad: int = 0) -> Tensor:
+    """Places up to the last that is no padding: int64 [batch]. (0 may be a word as well: it is "!" in CLIP's.)"""
+    places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return ((tokens != pad) * places).amax(dim=1)
 
 
 def _transformer_of(clip: Towers) -> Any:
@@ -121,9 +130,8 @@ def _encode_group(clip: Towers, tokens: Tensor, x: Tensor) -> EncodedTexts:
     x = x + tower.positional_embedding[:length]
     x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
     x = tower.ln_final(x)
-    # The end token is the last of the vocabulary. Its first place closes the caption: a masked caption holds ids above
-    # it, so open_clip's argmax would miss it.
-    end = (tokens == tower.token_embedding.num_embeddings - 1).int().argmax(dim=-1)
+    # The end token is the largest id of a caption, as in open_clip, but for our mask token, which lies above.
+    end = tokens.masked_fill(tokens >= tower.token_embedding.num_embeddings, -1).argmax(dim=-1)
     pooled = x[torch.arange(x.shape[0], device=x.device), end]
     return EncodedTexts(_project(tower, pooled), x)
 

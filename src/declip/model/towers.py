@@ -53,6 +53,8 @@ def build_towers(model: Model) -> Towers:
     config = model_config(model)
     if "multimodal_cfg" in config:
         raise InputError(f"model.name = {model.name!r} has a caption decoder: choose an architecture of two towers.")
+    if config["text_cfg"].get("embed_cls"):
+        raise InputError("model.text.embed_cls: a text tower with a class token of its own cannot be trained.")
     vision = dict(config["vision_cfg"])
     if vision["image_size"] < (vision.get("patch_size") or 0):
         raise InputError(
@@ -65,7 +67,9 @@ def build_towers(model: Model) -> Towers:
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError, KeyError) as error:
         reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
         raise InputError(f"model: open_clip cannot build these towers: {reason}.") from None
-    if model.freeze_patch_embedding and isinstance(clip.visual, VisionTransformer):
+    if model.freeze_patch_embedding and "timm_model_name" in vision:
+        raise InputError("model.freeze_patch_embedding: only open_clip's own ViT can be trained so, not a timm tower.")
+    if model.freeze_patch_embedding and isinstance(clip.visual, VisionTransformer):  # a ResNet has no patches
         clip.visual.conv1.weight.requires_grad_(False)
     return clip
 

@@ -52,7 +52,8 @@ def sigmoid_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias:
     images, texts: [batch, dim], normalised. Published start: s = 10, b = -10.
     chunk: as many texts at once: memory goes with batch × chunk and not with batch². The value is the same.
     """
-    loss: Tensor = _SigmoidLoss.apply(images, texts, logit_scale, logit_bias, chunk)
+    with torch.autocast(images.device.type, enabled=False):  # its own gradients need one precision throughout
+        loss: Tensor = _SigmoidLoss.apply(images, texts.to(images.dtype), logit_scale, logit_bias, chunk)
     return loss
 
 

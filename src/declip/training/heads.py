@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from declip.errors import InputError
 from declip.model.dual_encoder import NORMALIZATIONS, DualEncoder
-from declip.model.export import FinishedModel
+from declip.model.export import FinishedModel, load_strictly
 from declip.model.pretrained import read_model
+from declip.model.towers import model_config
 from declip.objectives.objective import Objective
 from declip.recipe import Model
 
+# Settings that change no trained model: for training only, or of where to fetch things.
+FREE = {"patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained", "hf_model_pretrained"} | {
+    *("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "output_tokens", "context_length"),
+    *("pad_id", "eos_id"),
+}
 LEFT_OUT = ("nearest_neighbour.",)  # a queue of captions seen, nothing learnt
 
 
@@ -35,11 +43,12 @@ def start_from(options: Model, model: DualEncoder, objective: Objective) -> None
     where = f"model.start = {options.start!r}"
     finished = read_model(options.start or "")
     _check_pixels(finished, options, where)
-    _load(model.clip, finished.weights, where)
+    _check_settings(finished.config["model_cfg"], model_config(options), where)
+    load_strictly(model.clip, finished.weights, where)
     for name, term in objective.terms.items():
         own = {key.removeprefix(f"{name}."): t for key, t in finished.heads.items() if key.startswith(f"{name}.")}
         if own and not _of_other_words(term, own):
-            _load(term, own, f"{where}: {name}")
+            load_strictly(term, own, f"{where}: {name}")
         elif any(True for _ in term.parameters()):
             print(f"{where} has no head for {name} that fits, it starts anew.", file=sys.stderr)
     if model.mask_embedding is not None and "mask_embedding" in finished.heads:
@@ -68,15 +77,14 @@ def _check_pixels(finished: FinishedModel, options: Model, where: str) -> None:
         )
 
 
-def _load(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Strictly; what does not fit is named."""
-    expected = module.state_dict()
-    for name in sorted(expected.keys() | state.keys()):
-        if name not in state:
-            raise InputError(f"{where} is of another architecture: {name} is missing there.")
-        if name not in expected:
-            raise InputError(f"{where} is of another architecture: it has {name}, the recipe's has not.")
-        if state[name].shape != expected[name].shape:
-            shapes = list(state[name].shape), list(expected[name].shape)
-            raise InputError(f"{where} is of another architecture: {name} has the shape {shapes[0]}, not {shapes[1]}.")
-    module.load_state_dict(state)
+def _check_settings(stored: dict[str, Any], asked: dict[str, Any], where: str) -> None:
+    """Raise InputError where the same tensors would compute something else: other heads, another activation."""
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    pairs = {"quick_gelu": (bool(stored.get("quick_gelu")), bool(asked.get("quick_gelu")))}
+    for part, cfg in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        there, here = ({**asdict(cfg()), **config.get(part, {})} for config in (stored, asked))
+        pairs |= {f"{part}.{name}": (there[name], here.get(name)) for name in there.keys() - FREE}
+    for name, (there, here) in sorted(pairs.items()):
+        if there != here:
+            raise InputError(f"{where} is of another architecture: {name} is {there!r} there, {here!r} in the recipe.")

@@ -343,6 +343,7 @@ class Run:
                 "objective": self.objective.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                 "progress": {name: getattr(self, name) for name in self._PROGRESS},
             },
         )
@@ -351,8 +352,13 @@ class Run:
         """Take up what `save` wrote."""
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
+        peaks = [group["peak"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak
         torch.set_rng_state(state["rng"])
+        if state.get("cuda_rng") is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         for name, value in state["progress"].items():
             setattr(self, name, value)
         cut_metrics(self.out, self.step)

@@ -10,6 +10,7 @@ from torch import nn
 from declip.recipe import Optimizer, Recipe
 
 EMBEDDINGS = ("token_embedding", "positional_embedding", "class_embedding", "mask_embedding")
+EMBEDDINGS += ("pos_embed", "cls_token", "reg_token")  # timm's
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 LOGIT_SCALES = ("logit_scale", "logit_bias")
 
@@ -39,8 +40,13 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
 
 
 def _not_decayed(module: nn.Module) -> set[str]:
+    tables = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     named = module.named_parameters()
-    return {name for name, parameter in named if parameter.ndim < 2 or any(part in name for part in EMBEDDINGS)}
+    return {
+        name
+        for name, parameter in named
+        if parameter.ndim < 2 or id(parameter) in tables or any(part in name for part in EMBEDDINGS)
+    }
 
 
 def _never_decayed(module: nn.Module) -> set[str]:
