@@ -81,10 +81,11 @@ def _check_settings(stored: dict[str, Any], asked: dict[str, Any], where: str) -
     """Raise InputError where the same tensors would compute something else: other heads, another activation."""
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-    pairs = {"quick_gelu": (bool(stored.get("quick_gelu")), bool(asked.get("quick_gelu")))}
+    quick = bool(stored.get("quick_gelu")), bool(asked.get("quick_gelu"))
+    pairs: dict[str, tuple[Any, Any]] = {"quick_gelu": quick}
     for part, cfg in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        there, here = ({**asdict(cfg()), **config.get(part, {})} for config in (stored, asked))
-        pairs |= {f"{part}.{name}": (there[name], here.get(name)) for name in there.keys() - FREE}
+        old, new = ({**asdict(cfg()), **config.get(part, {})} for config in (stored, asked))
+        pairs |= {f"{part}.{name}": (old[name], new.get(name)) for name in old.keys() - FREE}
     for name, (there, here) in sorted(pairs.items()):
         if there != here:
             raise InputError(f"{where} is of another architecture: {name} is {there!r} there, {here!r} in the recipe.")

@@ -9,8 +9,10 @@ from torch import nn
 
 from declip.recipe import Optimizer, Recipe
 
-EMBEDDINGS = ("token_embedding", "positional_embedding", "class_embedding", "mask_embedding")
-EMBEDDINGS += ("pos_embed", "cls_token", "reg_token")  # timm's
+EMBEDDINGS = (
+    *("token_embedding", "positional_embedding", "class_embedding", "mask_embedding"),
+    *("pos_embed", "cls_token", "reg_token"),  # timm's
+)
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 LOGIT_SCALES = ("logit_scale", "logit_bias")
 
