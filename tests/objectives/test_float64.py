@@ -212,7 +212,10 @@ def test_masked_language(seed: int, batch: int, width: int, vocabulary: int, sha
     labels = torch.randint(vocabulary, (batch, 4)).masked_fill(torch.rand(batch, 4) > share, -100)
     losses = [
         cross_entropy(
-            [dot(row, tokens[b, j]) + float(bias) for row, bias in zip(term.head.weight, term.head.bias, strict=True)],
+            [
+                dot(row, tokens[b, j]) + float(bias)
+                for row, bias in zip(term.head.weight.detach(), term.head.bias.detach(), strict=True)
+            ],
             int(labels[b, j]),
         )
         for b in range(batch)
