@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from declip.data.sources import open_sources
 from declip.errors import InputError
+from declip.files import check_unused
 from declip.recipe import Data, Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ def run_demo(out: str | Path, minutes: float = 10.0, quiet: bool = False) -> dic
     from declip.evaluation import evaluate
     from declip.evaluation.report import ModelResult
     from declip.model.pretrained import load
-    from declip.training.checkpoint import check_unused
     from declip.training.logging import read_metrics
     from declip.training.loop import train
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and folders that are free."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from declip.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,3 +30,9 @@ def save_weights(path: Path, weights: dict[str, Tensor]) -> None:
     # Not save_file: what it raises on a full disk is no OSError.
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def check_unused(out: Path, advice: str = "give another --out") -> None:
+    """Raise InputError where `out` is a file, or a folder with anything in it."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} already holds files: {advice}.")

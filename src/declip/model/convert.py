@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from declip.errors import InputError
+from declip.files import check_unused
 from declip.model.export import FinishedModel
 from declip.model.huggingface import write_huggingface
 from declip.model.pretrained import build, open_tokenizer, read_model
@@ -31,8 +32,7 @@ def convert(
     source, folder = os.fspath(source), Path(folder)
     if to not in FORMATS:
         raise InputError(f"There is no format {to!r}: choose from {', '.join(FORMATS)}.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} already holds files: give another folder.")
+    check_unused(folder, "give another folder")
     finished = read_model(source, image_heads, text_heads)
     if to == "huggingface":
         _refuse_for_huggingface(finished, source)

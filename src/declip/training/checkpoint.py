@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from declip.errors import InputError
-from declip.files import write_atomically
+from declip.files import check_unused, write_atomically
 from declip.recipe import Recipe, load_recipe, to_toml
 
 RECIPE, METRICS, LAST = "recipe.toml", "metrics.jsonl", "checkpoints/last.pt"
@@ -30,12 +30,6 @@ def check_run(out: Path, recipe: Recipe, resume: bool) -> bool:
     if difference:
         raise InputError(f"{out} was trained with another recipe ({difference}): resume with the same one.")
     return (out / LAST).is_file()
-
-
-def check_unused(out: Path, advice: str = "give another --out") -> None:
-    """Raise InputError where `out` is a file, or a folder with anything in it."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} already holds files: {advice}.")
 
 
 def make_run(out: Path, recipe: Recipe) -> None:
