@@ -151,7 +151,7 @@ def load(recipe: Recipe, finished: FinishedModel, tensors: dict[str, Tensor]) ->
     if model.mask_embedding is not None:
         model.mask_embedding.data.copy_(finished.heads["mask_embedding"])
     for name, term in objective.terms.items():
-        own = {k.removeprefix(f"{name}."): t for k, t in finished.heads.items() if k.startswith(f"{name}.")}
+        own = finished.head(name)
         if name == "nearest_neighbour":
             term.queue.copy_(tensors["io.nn_bank_before"].T)
             term.pointer.fill_(POINTER_BEFORE)

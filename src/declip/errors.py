@@ -6,3 +6,8 @@ class InputError(Exception):
 
     The command line prints the sentence without a traceback and exits with code 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, for use inside a sentence: one line, no full stop; its kind where it is mute."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

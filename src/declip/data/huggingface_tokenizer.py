@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from declip.data.captions import SpecialTokens
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 
 
 class HuggingFaceTokenizer:
@@ -24,8 +24,7 @@ class HuggingFaceTokenizer:
 
             self._tokenizer = HFTokenizer(name, **(options or {}))
         except (ImportError, OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"The tokenizer {name!r} cannot be opened: {reason}.") from None
+            raise InputError(f"The tokenizer {name!r} cannot be opened: {first_line(error)}.") from None
         self._arguments = (name, options, vocabulary)
         self.special = _special_tokens(self._tokenizer.tokenizer, vocabulary)
         self._cached = functools.lru_cache(2**16)(self._encode)

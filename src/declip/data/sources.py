@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from declip.data.tables import FILE_NAMES, IMAGE_NAMES, TEXT_TABLES, Columns, find_columns, text_rows
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.recipe import Data
 
 DEMOS = ("noto", "twemoji", "fluent3d")
@@ -246,7 +246,7 @@ def _open_parquet(spec: str, path: Path, data: Data, need_captions: bool) -> Tab
             columns = find_columns(spec, types, data, IMAGE_NAMES, need_captions=need_captions)
             rows = file.read(columns=columns.names)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{spec} cannot be read as a parquet file: {str(error).splitlines()[0]}.") from None
+        raise InputError(f"{spec} cannot be read as a parquet file: {first_line(error)}.") from None
     return TableSource(
         name=spec,
         file=spec,

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.files import check_unused
 from declip.model.export import FinishedModel
 from declip.model.huggingface import write_huggingface
@@ -63,8 +63,7 @@ def _write_tokenizer(finished: FinishedModel, folder: Path) -> None:
     try:
         tokenizer = open_tokenizer(finished)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(f"The model's tokenizer {name!r} cannot be opened: {reason}.") from None
+        raise InputError(f"The model's tokenizer {name!r} cannot be opened: {first_line(error)}.") from None
     tokenizer.save_pretrained(folder)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from declip.data.batch import Batch
 from declip.data.captions import EOT, Tokenizer
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.model.image_tower import EncodedImages, encode_image, image_widths
-from declip.model.text_tower import caption_lengths, encode_text, needs_full_captions, text_facts
+from declip.model.text_tower import caption_mask, encode_text, needs_full_captions, text_facts
 from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config
 from declip.recipe import Recipe
@@ -105,10 +105,8 @@ class DualEncoder(nn.Module):
         try:
             self.dim, pooled, tokens = image_widths(self.clip)
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-            raise InputError(
-                f"model.image: the tower takes no images of model.image.image_size = {self.image_size}: {reason}."
-            ) from None
+            size = f"model.image.image_size = {self.image_size}"
+            raise InputError(f"model.image: the tower takes no images of {size}: {first_line(error)}.") from None
         if self.wants_pooled and pooled is None:
             raise InputError("terms.simclr: this image tower gives no feature before its projection.")
         if self.wants_image_tokens and tokens is None:
@@ -141,13 +139,8 @@ class DualEncoder(nn.Module):
             pooled_image=image.pooled.float() if self.wants_pooled and image.pooled is not None else None,
             image_tokens=image.tokens.float() if self.wants_image_tokens and image.tokens is not None else None,
             text_tokens={view: tokens.float() for view, tokens, _ in wanted},
-            text_mask={view: self._words(ids) for view, _, ids in wanted},
+            text_mask={view: caption_mask(ids, self.tokenizer.special.pad) for view, _, ids in wanted},
         )
-
-    def _words(self, tokens: Tensor) -> Tensor:
-        """bool [batch, tokens], false where a caption is padded."""
-        lengths = caption_lengths(tokens, self.tokenizer.special.pad)
-        return torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
     def _encode_views(self, images: Tensor) -> EncodedImages:
         """uint8 [image views, batch, height, width, 3]; every output gets the two leading dimensions."""

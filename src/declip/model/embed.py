@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from declip.model.heads import TokenMappings
 from declip.model.image_tower import encode_image
-from declip.model.text_tower import caption_lengths, encode_text, needs_full_captions, trim
+from declip.model.text_tower import caption_mask, encode_text, needs_full_captions, trim
 from declip.model.towers import Towers
 
 
@@ -37,12 +36,10 @@ def embed_texts(clip: Towers, tokens: Tensor, pad: int = 0, token_wise: TokenWis
 
     Tokens of padding are zeros where they take no part.
     """
-    if token_wise is None:
-        cut = tokens if needs_full_captions(clip) else trim(tokens, pad)
-        return F.normalize(encode_text(clip, cut).embedding.float(), dim=-1)
-    if not token_wise.mask_padding:
+    if token_wise is not None and not token_wise.mask_padding:
         return token_wise.mappings.map_text(encode_text(clip, tokens, whole=True).tokens.float())
     cut = tokens if needs_full_captions(clip) else trim(tokens, pad)
-    words = torch.arange(cut.shape[1], device=cut.device) < caption_lengths(cut, pad)[:, None]
-    mapped = token_wise.mappings.map_text(encode_text(clip, cut).tokens.float()) * words[..., None]
+    if token_wise is None:
+        return F.normalize(encode_text(clip, cut).embedding.float(), dim=-1)
+    mapped = token_wise.mappings.map_text(encode_text(clip, cut).tokens.float()) * caption_mask(cut, pad)[..., None]
     return F.pad(mapped, (0, 0, 0, tokens.shape[1] - cut.shape[1]))

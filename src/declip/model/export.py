@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import NORMALIZATIONS
 from declip.model.towers import model_config
@@ -40,6 +40,10 @@ class FinishedModel:
     @property
     def options(self) -> dict[str, Any]:
         return {"similarity": "embedding", "mask_padding": True, "towers": "both", **self.config.get("declip", {})}
+
+    def head(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one head, by their names inside it; empty where it is not there."""
+        return {key.removeprefix(f"{name}."): t for key, t in self.heads.items() if key.startswith(f"{name}.")}
 
     def write(self, folder: Path) -> None:
         """Write the folder's files, the description last: without it the folder is no model."""
@@ -111,7 +115,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be opened: {str(error).splitlines()[0]}.") from None
+        raise InputError(f"{path} cannot be opened: {first_line(error)}.") from None
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.model.class_embeddings import class_embeddings
 from declip.model.embed import TokenWise, embed_images, embed_texts
 from declip.model.export import FinishedModel, is_open_clip_folder, load_strictly, read_open_clip_folder
@@ -45,7 +45,7 @@ def load(
     try:
         return _open(spec, finished, device)
     except (RuntimeError, OSError, ValueError, TypeError, AssertionError) as error:
-        raise InputError(f"The model {spec!r} cannot be opened: {str(error).splitlines()[0].rstrip('.:')}.") from None
+        raise InputError(f"The model {spec!r} cannot be opened: {first_line(error)}.") from None
 
 
 def read_model(spec: str, image_heads: int | None = None, text_heads: int | None = None) -> FinishedModel:
@@ -78,7 +78,7 @@ def _read_named(spec: str) -> FinishedModel:
     try:
         clip = open_clip.create_model(name, pretrained=tag)
     except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(f"The model {spec!r} cannot be opened: {str(error).splitlines()[0].rstrip('.')}.") from None
+        raise InputError(f"The model {spec!r} cannot be opened: {first_line(error)}.") from None
     if any(isinstance(part, QuickGELU) for part in clip.modules()):  # some weights ask for it, their name does not
         config["quick_gelu"] = True
     preprocessing = {key: value for key, value in clip.visual.preprocess_cfg.items() if key != "size"}
@@ -100,20 +100,19 @@ def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
     tokenizer = None if image_only else open_tokenizer(finished)
     token_wise = None
     if options["similarity"] == "token_wise":
-        mappings = _token_mappings(finished.heads).to(device).eval()
+        mappings = _token_mappings(finished.head("token_wise.mappings")).to(device).eval()
         token_wise = TokenWise(mappings, options["mask_padding"], finished.heads.get("token_wise.logit_scale"))
     return LoadedModel(name, clip.to(device).eval(), preprocess, tokenizer, token_wise)
 
 
 def build(name: str, finished: FinishedModel) -> Towers:
     """The towers with their weights; raises InputError that names a tensor that does not fit."""
-    config, image_only = finished.config["model_cfg"], finished.options["towers"] == "image"
-    # A text tower that is not there still has to be described.
-    text_cfg = {"layers": 1, "width": 64, "heads": 1} if image_only else config["text_cfg"]
-    if "hf_model_name" in text_cfg:
-        text_cfg = {**text_cfg, "hf_model_pretrained": False}  # the weights are at hand
-    vision_cfg = {**config["vision_cfg"], "timm_model_pretrained": False}
-    clip = build_from_config({**config, "vision_cfg": vision_cfg, "text_cfg": text_cfg})
+    config, image_only = dict(finished.config["model_cfg"]), finished.options["towers"] == "image"
+    # The weights are at hand: neither library has to fetch its own.
+    config["vision_cfg"] = {**config["vision_cfg"], "timm_model_pretrained": False}
+    if "hf_model_name" in config.get("text_cfg", {}):
+        config["text_cfg"] = {**config["text_cfg"], "hf_model_pretrained": False}
+    clip = build_from_config(config)
     load_strictly(clip.visual if image_only else clip, _towers(finished, image_only), f"The model {name!r}")
     return clip
 
@@ -124,9 +123,7 @@ def _towers(finished: FinishedModel, image_only: bool) -> dict[str, Tensor]:
     return {key.removeprefix("visual."): tensor for key, tensor in finished.weights.items()}
 
 
-def _token_mappings(heads: dict[str, Tensor]) -> TokenMappings:
-    prefix = "token_wise.mappings."
-    state = {key.removeprefix(prefix): tensor for key, tensor in heads.items() if key.startswith(prefix)}
+def _token_mappings(state: dict[str, Tensor]) -> TokenMappings:
     if state.keys() != set(TokenMappings(1, 1, 1).state_dict()):
         raise ValueError("it compares tokens, but its token mappings are not there")
     (dim, image_width), text_width = state["image_mapping.weight"].shape, state["text_mapping.weight"].shape[1]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.model.dual_encoder import NORMALIZATIONS
 from declip.model.export import FinishedModel
 from declip.model.heads import ContrastiveHead, Predictor, Projector, TokenMappings
@@ -73,8 +73,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             raise InputError(f"{path} holds more than tensors: it is refused, loading it could run code.") from None
         raise InputError(f"{path} is damaged or no checkpoint.") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"{path} is damaged or no checkpoint: {reason}.") from None
+        raise InputError(f"{path} is damaged or no checkpoint: {first_line(error)}.") from None
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{path} holds no tensors by name, neither under 'model' nor at the top: it is no checkpoint.")
@@ -88,7 +87,7 @@ def convert_released(
     try:
         return _convert(state, where, image_heads, text_heads)
     except (ValueError, IndexError, RuntimeError) as error:  # a tensor without the dimensions that its name promises
-        raise InputError(f"{where} does not fit together: {str(error).splitlines()[0].rstrip('.')}.") from None
+        raise InputError(f"{where} does not fit together: {first_line(error)}.") from None
 
 
 def _convert(state: dict[str, Tensor], where: str, image_heads: int | None, text_heads: int | None) -> FinishedModel:
@@ -246,11 +245,9 @@ def _check_heads(heads: dict[str, Tensor], model_cfg: dict[str, Any], where: str
 
 def _check(towers: dict[str, Tensor], rest: dict[str, Tensor], model_cfg: dict[str, Any], where: str) -> None:
     """Raise InputError unless the tensors are exactly those of the architecture."""
-    image_only = "text_cfg" not in model_cfg
-    whole = {**model_cfg, "text_cfg": {"layers": 1, "width": 64, "heads": 1}} if image_only else model_cfg
     with torch.device("meta"):
-        expected = build_from_config(whole).state_dict()
-    if image_only:
+        expected = build_from_config(model_cfg).state_dict()
+    if "text_cfg" not in model_cfg:
         expected = {name: tensor for name, tensor in expected.items() if name.startswith("visual.")}
     missing, extra = sorted(expected.keys() - towers.keys()), sorted(towers.keys() - expected.keys())
     if missing or extra or rest:

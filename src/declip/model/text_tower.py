@@ -92,6 +92,11 @@ def trim(tokens: Tensor, pad: int = 0) -> Tensor:
     return tokens[:, : int(caption_lengths(tokens, pad).max()) + (pad != 0)]
 
 
+def caption_mask(tokens: Tensor, pad: int = 0) -> Tensor:
+    """bool [batch, tokens], false where a caption is padded."""
+    return torch.arange(tokens.shape[1], device=tokens.device) < caption_lengths(tokens, pad)[:, None]
+
+
 def caption_lengths(tokens: Tensor, pad: int = 0) -> Tensor:
     """Places up to the last that is no padding: int64 [batch]. (0 may be a word as well: it is "!" in CLIP's.)"""
     places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)

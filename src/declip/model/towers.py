@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.recipe import Model
 
 Towers: TypeAlias = Any  # open_clip's CLIP, which holds its text tower's parts itself, or its CustomTextCLIP
 
+NO_TEXT = {"layers": 1, "width": 64, "heads": 1}  # open_clip wants a text tower described where there is none
 CONTEXT_LENGTH = 77  # open_clip's, where a text tower does not say
 
 
@@ -65,8 +66,7 @@ def build_towers(model: Model) -> Towers:
     try:
         clip = build_from_config(config | {"vision_cfg": vision}, init_logit_scale=model.logit_scale_init)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError, KeyError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0].rstrip(".")
-        raise InputError(f"model: open_clip cannot build these towers: {reason}.") from None
+        raise InputError(f"model: open_clip cannot build these towers: {first_line(error)}.") from None
     if model.freeze_patch_embedding and "timm_model_name" in vision:
         raise InputError("model.freeze_patch_embedding: only open_clip's own ViT can be trained so, not a timm tower.")
     if model.freeze_patch_embedding and isinstance(clip.visual, VisionTransformer):  # a ResNet has no patches
@@ -78,6 +78,6 @@ def build_from_config(config: dict[str, Any], **changes: Any) -> Towers:
     """An open_clip model from its model config; what open_clip raises for a bad one differs from field to field."""
     from open_clip.model import CLIP, CustomTextCLIP
 
-    arguments = {**config, **changes}
-    custom_text = arguments.pop("custom_text", False) or "hf_model_name" in config["text_cfg"]
+    arguments = {"text_cfg": NO_TEXT, **config, **changes}
+    custom_text = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
     return (CustomTextCLIP if custom_text else CLIP)(**arguments)

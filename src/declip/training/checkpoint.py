@@ -7,7 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.files import check_unused, write_atomically
 from declip.recipe import Recipe, load_recipe, to_toml
 
@@ -76,5 +76,5 @@ def read_checkpoint(out: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(out / LAST, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise InputError(f"{out / LAST} cannot be read ({str(error).splitlines()[0]}): start the run anew.") from None
+        raise InputError(f"{out / LAST} cannot be read ({first_line(error)}): start the run anew.") from None
     return state

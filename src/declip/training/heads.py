@@ -46,7 +46,7 @@ def start_from(options: Model, model: DualEncoder, objective: Objective) -> None
     _check_settings(finished.config["model_cfg"], model_config(options), where)
     load_strictly(model.clip, finished.weights, where)
     for name, term in objective.terms.items():
-        own = {key.removeprefix(f"{name}."): t for key, t in finished.heads.items() if key.startswith(f"{name}.")}
+        own = finished.head(name)
         if own and not _of_other_words(term, own):
             load_strictly(term, own, f"{where}: {name}")
         elif any(True for _ in term.parameters()):

@@ -21,7 +21,7 @@ from declip.data.captions import CaptionTokenizer
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
 from declip.data.loader import BatchMaker, Images, check_broken, make_loader, open_images
 from declip.data.sources import BrokenPair, Source, open_sources, split_holdout, take_fraction
-from declip.errors import InputError
+from declip.errors import InputError, first_line
 from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise
@@ -151,7 +151,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"engine.device = {name!r} cannot be used: {str(error).splitlines()[0]}.") from None
+        raise InputError(f"engine.device = {name!r} cannot be used: {first_line(error)}.") from None
 
 
 @contextlib.contextmanager

@@ -34,8 +34,7 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
             if not parameter.requires_grad:
                 continue
             scale = name.rsplit(".", 1)[-1] in LOGIT_SCALES
-            own_rate = scale and options.logit_scale_lr is not None
-            rate = options.logit_scale_lr if own_rate and options.logit_scale_lr is not None else options.lr
+            rate = options.logit_scale_lr if scale and options.logit_scale_lr is not None else options.lr
             decay = 0.0 if scale or name in kept else options.weight_decay
             groups.setdefault((decay, rate), []).append(parameter)
     return [{"params": group, "weight_decay": decay, "peak": rate} for (decay, rate), group in groups.items()]
