@@ -42,7 +42,8 @@ from declip.demo import TRAIN
 from declip.model import dual_encoder
 from declip.model.towers import model_config
 from declip.objectives import objective
-from declip.recipe import Data, Recipe, load_recipe
+from declip.pairs import Data
+from declip.recipe import Recipe, load_recipe
 from declip.training import loop
 
 FASTER_THAN_OPEN_CLIP = 1.3  # at least: pairs a second of our CLIP over the peer's

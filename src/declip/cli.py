@@ -223,7 +223,7 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from declip.evaluation import evaluate
-    from declip.recipe import Data
+    from declip.pairs import Data
 
     options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
     with _progress_bar() as progress:

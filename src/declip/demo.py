@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from declip.data.sources import open_sources
 from declip.errors import InputError
 from declip.files import check_unused
-from declip.recipe import Data, Recipe, load_recipe
+from declip.pairs import Data
+from declip.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from declip.evaluation.report import ModelResult, Query

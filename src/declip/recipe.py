@@ -12,74 +12,15 @@ import tomllib
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from declip.errors import InputError
-from declip.terms import Contrastive, Probability, Section, Terms, TextView
+from declip.pairs import Data
+from declip.terms import Contrastive, Section, Terms, TextView
 
 SELF_SUPERVISED = {"simsiam", "simclr"}
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Sources = Annotated[list[str], BeforeValidator(_as_list)]
-
-
-class ImageViews(Section):
-    """How an image view is made. The defaults are a weak view: a random crop and nothing else."""
-
-    crop_scale: tuple[float, float] = Field(
-        (0.5, 1.0), description="area of the random crop, as a share of the image's"
-    )
-    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="aspect ratio of the random crop")
-    flip: Probability = Field(0.0, description="probability of a horizontal flip")
-    jitter: Probability = Field(0.0, description="probability of colour jitter")
-    brightness: float = Field(0.4, ge=0, description="strength of the jitter in brightness")
-    contrast: float = Field(0.4, ge=0, description="strength of the jitter in contrast")
-    saturation: float = Field(0.4, ge=0, description="strength of the jitter in saturation")
-    hue: float = Field(0.1, ge=0, le=0.5, description="strength of the jitter in hue, as a share of the colour circle")
-    grayscale: Probability = Field(0.0, description="probability of dropping the colours")
-    blur: Probability = Field(0.0, description="probability of a Gaussian blur")
-    blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="radius of the blur in pixels")
-
-
-class CaptionViews(Section):
-    """How the text views of a pair are made."""
-
-    pool: Literal["first", "random"] = Field(
-        "random", description="which of a pair's captions a text view shows: always the first, or one drawn anew"
-    )
-    independent: bool = Field(True, description="with pool=random: each text view draws its own caption from the pool")
-    mask: Probability = Field(0.15, description="share of tokens that the masked view hides (BERT's 80/10/10 rule)")
-    synonym: float = Field(1.0, ge=0, description="augmented view: relative frequency of replacing a word by a synonym")
-    swap: float = Field(1.0, ge=0, description="augmented view: relative frequency of swapping two words")
-    deletion: float = Field(1.0, ge=0, description="augmented view: relative frequency of deleting words")
-    deletion_share: Probability = Field(0.1, description="share of the words that a deletion drops")
-
-
-class Data(Section):
-    train: Sources = Field([], description="training pairs: parquet files, caption tables beside images, demo:NAME")
-    validation: Sources = Field([], description="pairs that the held-out score is computed on during training")
-    holdout: float = Field(0.1, ge=0, lt=1, description="share of the training pairs held out when validation is empty")
-    fraction: float = Field(1.0, gt=0, le=1, description="train on this share of the pairs only (nested subsets)")
-    fraction_seed: int = Field(0, description="which subset a fraction takes")
-    image: str | None = Field(None, description="name of the image column (found by itself if not given)")
-    captions: Sources = Field([], description="names of the caption columns (found by themselves if not given)")
-    label: str | None = Field(None, description="name of the label column (found by itself if not given)")
-    key: str | None = Field(None, description="name of the key column (found by itself if not given)")
-    images: ImageViews = Field(ImageViews(), description="how image views are made")
-    strong_images: ImageViews | None = Field(
-        None,
-        description="image self-supervision gets two views of its own, made so (SLIP); not set: it shares the others",
-    )
-    text: CaptionViews = Field(CaptionViews(), description="how text views are made")
-    workers: int = Field(1, ge=0, description="loader processes; 0 loads in the training process")
-    cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when all fit in this many GB")
-    broken_limit: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the pairs is broken")
 
 
 class ImageTower(Section):

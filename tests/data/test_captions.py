@@ -27,7 +27,7 @@ from declip.data.captions import (
     tokenize_masked,
 )
 from declip.errors import InputError
-from declip.recipe import CaptionViews
+from declip.pairs import CaptionViews
 
 TEXTS = [
     "a photo of a dog",

@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 
 from declip.data import images
 from declip.data.images import STRONG, WEAK, Jitter, View, decode_image, draw_view, eval_view, make_view, random_view
-from declip.recipe import ImageViews
+from declip.pairs import ImageViews
 
 
 def picture(height: int, width: int, seed: int = 0) -> images.Pixels:

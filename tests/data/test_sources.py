@@ -16,7 +16,7 @@ import pytest
 
 from declip.data.sources import BrokenPair, Pair, Source, open_sources, split_holdout, take_fraction
 from declip.errors import InputError
-from declip.recipe import Data
+from declip.pairs import Data
 
 FOUND = Data()
 

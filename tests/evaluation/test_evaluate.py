@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import declip
 from declip import evaluation
 from declip.errors import InputError
-from declip.recipe import Data
+from declip.pairs import Data
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
 

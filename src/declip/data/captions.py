@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip.errors import InputError
-from declip.recipe import CaptionViews
+from declip.pairs import CaptionViews
 
 Tokens = NDArray[np.int64]  # [captions, longest]
 

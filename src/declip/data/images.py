@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from declip.recipe import ImageViews
+from declip.pairs import ImageViews
 
 Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
 Planes = NDArray[np.float32]  # [3, height * width], grey levels 0..255

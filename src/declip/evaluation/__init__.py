@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from declip.data.sources import Source
     from declip.model.pretrained import LoadedModel
-    from declip.recipe import Data
+    from declip.pairs import Data
 
 TASKS = ("retrieval", "zero-shot")
 
@@ -53,7 +53,7 @@ def evaluate(
     """
     from declip.data.sources import open_sources
     from declip.model.prompts import resolve_templates
-    from declip.recipe import Data
+    from declip.pairs import Data
 
     for task in tasks or []:
         if task not in TASKS:

@@ -27,7 +27,8 @@ from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise
 from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
 from declip.objectives.objective import Objective, build_objective
-from declip.recipe import Data, Recipe
+from declip.pairs import Data
+from declip.recipe import Recipe
 from declip.training.checkpoint import (
     HEADS_BEST,
     WEIGHTS_BEST,

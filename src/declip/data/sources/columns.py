@@ -1,20 +1,15 @@
-"""Reading tables: which columns hold what, and the rows of CSV, TSV and JSONL files."""
+"""Which columns of a table hold what."""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.types as kinds
 
 from declip.errors import InputError
-from declip.recipe import Data
-
-TEXT_TABLES = (".csv", ".tsv", ".jsonl")
+from declip.pairs import Data
 
 # The column names looked for, best first. class_name comes before label, which may be its number.
 IMAGE_NAMES = ("image", "jpg", "png", "img", "bytes")
@@ -24,7 +19,6 @@ LABEL_NAMES = ("class_name", "label", "class", "category")
 KEY_NAMES = ("key", "id", "__key__", "filename")
 
 ColumnTypes = Mapping[str, Any]  # a table's column names with their Arrow types, None in a text table
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,48 +92,3 @@ def _holds_texts(kind: Any) -> bool:
 
 def _holds_names(kind: Any) -> bool:
     return kind is None or _is_text(kind) or bool(kinds.is_integer(kind))
-
-
-def text_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """The rows of a CSV, TSV or JSONL file, each with the line that it starts in (the first line is 1).
-
-    Raises InputError where a row cannot be read, UnicodeError and OSError where the file cannot.
-    """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from _json_rows(path, file) if path.suffix.lower() == ".jsonl" else _csv_rows(path, file)
-
-
-def _json_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
-    for line, text in enumerate(file, 1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {line} is not valid JSON: {error}.") from None
-        if not isinstance(row, dict):
-            raise InputError(f'{path}, line {line} is no JSON object: write {{"filename": …, "caption": …}}.')
-        yield line, row
-
-
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
-    # strict: a stray quote is an error, where it would otherwise swallow the rows that follow
-    reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    header: list[str] = []
-    line = 1
-    try:
-        for fields in reader:
-            if fields and not header:
-                header = [field.strip() for field in fields]
-            elif fields and len(fields) != len(header):
-                raise InputError(
-                    f"{path}, line {line} has {len(fields)} fields where the header has {len(header)}: "
-                    'put a caption that holds the separator in double quotes ("…").'
-                )
-            elif fields:
-                yield line, dict(zip(header, fields, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(
-            f'{path}, line {line} cannot be read: {error}; inside a quoted field, a quote is written twice ("").'
-        ) from None

@@ -1,0 +1,16 @@
+"""Sources: sequences of image-text pairs, whatever format they are stored in."""
+
+from declip.data.sources.base import BrokenPair, Concatenation, Pair, Source, Subset
+from declip.data.sources.opening import open_sources
+from declip.data.sources.splits import split_holdout, take_fraction
+
+__all__ = [
+    "BrokenPair",
+    "Concatenation",
+    "Pair",
+    "Source",
+    "Subset",
+    "open_sources",
+    "split_holdout",
+    "take_fraction",
+]
