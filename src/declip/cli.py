@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import declip
-from declip.errors import InputError
+from declip.errors import InputError, RunStopped
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from declip.evaluation import Progress
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
-DONE, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, STOPPED, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 2 the input was wrong, 130 interrupted."""
+    """Run one command and return the exit code: 0 done, 1 stopped from outside, 2 wrong input, 130 interrupted."""
     _write_utf8()
     try:
         args = _parse(argv)
@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except InputError as error:
         return _fail(str(error))
+    except RunStopped as error:
+        print(f"declip: {error}", file=sys.stderr)
+        return STOPPED
     except KeyboardInterrupt:
         print("declip: interrupted.", file=sys.stderr)
         return INTERRUPTED

@@ -1,4 +1,4 @@
-"""The one exception for input that a person can put right."""
+"""The exceptions that the command line answers with one sentence."""
 
 
 class InputError(Exception):
@@ -11,3 +11,7 @@ class InputError(Exception):
 def first_line(error: BaseException) -> str:
     """What a library's error says, for use inside a sentence: one line, no full stop; its kind where it is mute."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+
+
+class RunStopped(Exception):
+    """A run that something outside of it has stopped, after its state was saved: one sentence, exit code 1."""

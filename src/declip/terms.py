@@ -35,6 +35,9 @@ class Contrastive(_Pairs):
         description="weight of the mean of all other pairs of views beside the first pair's 1 (the paper's own weight "
         "for its multi-view loss); not set: the mean over all pairs of views, as in the code",
     )
+    equal_captions: Literal["negatives", "positives"] = Field(
+        "negatives", description="what pairs that show the same caption are to one another in a batch"
+    )
 
 
 class Sigmoid(_Pairs):

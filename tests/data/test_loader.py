@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import pair, write_pairs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from declip.data.batch import Batch
 from declip.data.captions import EOT, MASK_ID, SOT, Tokenizer
+from declip.data.decoded import open_images
 from declip.data.images import decode_image
-from declip.data.loader import BatchMaker, make_loader, open_images
+from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import open_sources
-from declip.errors import InputError
+from declip.errors import InputError, RunStopped
 from declip.recipe import Recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -247,3 +253,121 @@ def test_captions_of_full_length(tiny: MakeRecipe) -> None:
     assert (whole.tokens[:, :, length:] == 0).all()
     assert torch.equal(whole.labels[:, :length], cut.labels)
     assert (whole.labels[:, length:] == -100).all()
+
+
+# Which pairs, which captions
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_make_the_parts_of_the_same_batches(tiny: MakeRecipe, ranks: int) -> None:
+    recipe = tiny("declip")
+    images = maker(recipe).images
+    parts = [BatchMaker(images, recipe, 16, 77, full_captions=True, rank=rank, ranks=ranks) for rank in range(ranks)]
+    whole = BatchMaker(images, recipe, 16, 77, full_captions=True)
+    for number in (0, 5):
+        made = [part.make(number) for part in parts]
+        expected = whole.make(number)
+        assert torch.equal(torch.cat([part.images for part in made], 1), expected.images)
+        assert torch.equal(torch.cat([part.tokens for part in made], 1), expected.tokens)
+        assert torch.equal(torch.cat([part.sample_ids for part in made]), expected.sample_ids)
+
+
+def test_captions_in_turn(tiny: MakeRecipe) -> None:
+    made = maker(tiny("clip", "data.text.pool=turn"))
+    size = len(made.images.source)
+    shown: dict[int, list[int]] = {}
+    for number in range(2 * size // 8):
+        batch = made.make(number)
+        for sample, ids in zip(batch.sample_ids.tolist(), captions_of(batch, "caption"), strict=True):
+            pool = [made.tokenizer.encode(caption) for caption in made.images.source.captions(sample)]
+            shown.setdefault(sample, []).append(pool.index(ids))
+    assert all(turns == [0, 1] for turns in shown.values() if len(turns) == 2)
+    assert len(shown) == size
+
+
+def test_each_caption_is_a_pair(tiny: MakeRecipe) -> None:
+    made = maker(tiny("clip", "data.text.pool=each"))
+    pairs = len(made.images.source)
+    assert made.items == 2 * pairs
+    seen: list[tuple[int, tuple[int, ...]]] = []
+    for number in range(made.items // 8):
+        batch = made.make(number)
+        seen += zip(batch.sample_ids.tolist(), map(tuple, captions_of(batch, "caption")), strict=True)
+    assert len(set(seen)) == len(seen) == 2 * pairs // 8 * 8
+
+
+def test_images_with_several_captions_kept_apart(tiny: MakeRecipe) -> None:
+    made = maker(tiny("clip", "data.text.pool=each", "data.keep_apart=images"))
+    doubled = sum(len(set(made.make(number).sample_ids.tolist())) < 8 for number in range(10))
+    plain = maker(tiny("clip", "data.text.pool=each"))
+    assert doubled < sum(len(set(plain.make(number).sample_ids.tolist())) < 8 for number in range(10))
+
+
+@pytest.fixture
+def with_equals(tmp_path: Path) -> str:
+    """Forty pairs, each caption four times and each picture twice."""
+    rows = [{**pair(number % 20), "key": str(number), "captions": [f"thing {number % 10}"]} for number in range(40)]
+    return f"data.train={str(write_pairs(tmp_path / 'equals.parquet', rows))!r}"
+
+
+@pytest.mark.parametrize(("what", "classes"), [("captions", 10), ("images", 20)])
+def test_equals_kept_apart(tiny: MakeRecipe, with_equals: str, what: str, classes: int) -> None:
+    def doubled(*overrides: str) -> int:
+        made = maker(tiny("clip", with_equals, "schedule.batch_size=8", *overrides))
+        batches = [made.make(number).sample_ids % classes for number in range(16)]
+        return sum(len(set(batch.tolist())) < 8 for batch in batches)
+
+    assert doubled() > 8
+    # Ten captions in batches of eight leave little choice at the end of a block.
+    assert doubled(f"data.keep_apart={what}") <= 4
+
+
+def test_equal_captions_have_equal_ids(tiny: MakeRecipe, with_equals: str) -> None:
+    made = maker(tiny("clip", with_equals, "terms.contrastive.equal_captions=positives"))
+    batch = made.make(0)
+    assert batch.caption_ids is not None
+    classes = batch.sample_ids % 10
+    assert torch.equal(batch.caption_ids[0][:, None] == batch.caption_ids[0], classes[:, None] == classes)
+    assert maker(tiny("clip", with_equals)).make(0).caption_ids is None
+
+
+def test_weights_mix_sources(tiny: MakeRecipe, tmp_path: Path) -> None:
+    paths = [
+        str(write_pairs(tmp_path / f"{name}.parquet", [pair(number) for number in range(count)]))
+        for name, count in (("few", 10), ("many", 60))
+    ]
+    recipe = tiny("clip", f"data.train={paths}", "data.weights=[1, 1]")
+    made = maker(recipe)
+    few = sum(int((made.make(number).sample_ids < 10).sum()) for number in range(10))
+    assert few == 40
+    with pytest.raises(InputError, match=r"data\.weights needs several sources"):
+        maker(tiny("clip", f"data.train={paths[:1]}", "data.weights=[1]"))
+
+
+def test_a_killed_worker_is_said_and_does_not_hang(tiny: MakeRecipe) -> None:
+    recipe = tiny("clip")
+    made = maker(recipe)
+    loader = make_loader(made, 0, 10_000, 1)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RunStopped, match=r"^A loader process has died: .*killed.*lower data\.workers"):
+        for _ in loader:
+            pass
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_killed_and_resumed_anywhere_with_other_workers(tiny: MakeRecipe, data: st.DataObject) -> None:
+    """At fifty random positions: the loader ends there, another one with other workers and ranks goes on."""
+    recipe = tiny("declip")
+    made = maker(recipe)
+    position = data.draw(st.integers(0, 200))
+    before = make_loader(made, max(0, position - 2), 400, data.draw(st.sampled_from([0, 0, 1])))
+    next(before)
+    before.close()
+    after = make_loader(maker(recipe), position, 400, data.draw(st.sampled_from([0, 0, 0, 1, 2])))
+    for number in range(position, position + 2):
+        assert_same(next(after), made.make(number))
+    after.close()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import declip
-from declip.data.loader import BatchMaker, open_images
+from declip.data.decoded import open_images
+from declip.data.loader import BatchMaker
 from declip.data.sources import open_sources
 from declip.model.dual_encoder import DualEncoder
 from declip.objectives.objective import Objective, build_objective

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class Batch:
     labels: int64 [batch, tokens], the hidden tokens of the masked view, -100 elsewhere; None without a masked view
     sample_ids: int64 [batch], which pair each row is
     broken: the pairs that could not be read and were replaced, as (id, where, reason)
+    caption_ids: int64 [text views, batch], equal where two rows show the same caption; None where no term asks
+    augmentations: float32 [image views, batch, parameters], what is still to be done to the images on the device
     """
 
     images: Tensor
@@ -26,14 +29,11 @@ class Batch:
     labels: Tensor | None
     sample_ids: Tensor
     broken: tuple[tuple[int, str, str], ...] = ()
+    caption_ids: Tensor | None = None
+    augmentations: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=None if self.labels is None else self.labels.to(device, non_blocking=True),
-            sample_ids=self.sample_ids.to(device, non_blocking=True),
-        )
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})

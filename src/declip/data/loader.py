@@ -2,95 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from declip.data.apart import Apart, CaptionFeatures, ImageFeatures, text_hash
 from declip.data.batch import Batch
 from declip.data.captions import CaptionTokenizer, Tokenizer, augment, load_synonyms, tokenize, tokenize_masked
-from declip.data.images import decode_image, random_view
-from declip.data.order import Order
-from declip.data.sources import BrokenPair, Source
-from declip.errors import InputError
+from declip.data.decoded import Images
+from declip.data.images import Pixels
+from declip.data.order import BatchOrder, Mixture, Order
+from declip.data.sources import BrokenPair, Concatenation, Source
+from declip.errors import InputError, RunStopped, first_line
 from declip.recipe import Recipe
-
-
-@dataclass
-class Images:
-    """Decoded images of a source: kept in memory when all fit, decoded on demand otherwise."""
-
-    source: Source
-    kept: list[np.ndarray | BrokenPair] | None
-
-    def get(self, index: int) -> np.ndarray:
-        """uint8 [height, width, 3]; raises BrokenPair."""
-        image = self.kept[index] if self.kept is not None else _decode(self.source, index)
-        if isinstance(image, BrokenPair):
-            raise image
-        return image
-
-
-def open_images(source: Source, limit_gb: float, broken_limit: float) -> Images:
-    """Decode a source once when it fits in `limit_gb`; raises InputError when too many pairs are broken."""
-    if len(source) * _mean_decoded_bytes(source) > limit_gb * 2**30:
-        return Images(source, None)
-    with ThreadPoolExecutor(2) as pool:
-        kept = list(pool.map(lambda index: _try_decode(source, index), range(len(source))))
-    broken = [image for image in kept if isinstance(image, BrokenPair)]
-    check_broken(len(broken), broken[0] if broken else None, len(source), broken_limit)
-    for pair in broken:
-        print(f"skipped: {pair}", file=sys.stderr)
-    return Images(source, kept)
-
-
-def check_broken(count: int, first: BrokenPair | None, size: int, limit: float) -> None:
-    """Raise InputError when more than `limit` of the pairs are broken."""
-    if first is not None and count > limit * size:
-        raise InputError(
-            f"{count} of {size} pairs are broken, more than data.broken_limit = {limit:g} allows; the first: {first}."
-        )
-
-
-def _decode(source: Source, index: int) -> np.ndarray:
-    pair = source[index]
-    try:
-        return decode_image(pair.image)
-    except ValueError as error:
-        raise BrokenPair(pair.key, pair.where, str(error)) from None
-
-
-def _try_decode(source: Source, index: int) -> np.ndarray | BrokenPair:
-    try:
-        return _decode(source, index)
-    except BrokenPair as error:
-        return error
-
-
-def _mean_decoded_bytes(source: Source, samples: int = 64) -> float:
-    """Mean size of a decoded image, from the headers of a few spread over the set."""
-    from PIL import Image, UnidentifiedImageError
-
-    sizes = []
-    for index in np.linspace(0, len(source) - 1, min(samples, len(source))).astype(int):
-        try:
-            with Image.open(io.BytesIO(source[int(index)].image)) as image:
-                sizes.append(image.width * image.height * 3)
-        except (BrokenPair, UnidentifiedImageError, OSError):
-            continue
-    return float(np.mean(sizes)) if sizes else 0.0
 
 
 class BatchMaker(Dataset[Batch | InputError]):
     """Makes global batch number n, all views of it, from (seed, n) alone.
 
     full_captions: pad every caption to the context length, not only to the batch's longest.
+    rank, ranks: which equal part of each global batch is made. The parts together are the same for any number.
     Where no pair can be read it gives the InputError back: raised in a worker, it would come out as a traceback.
     """
 
@@ -102,16 +37,23 @@ class BatchMaker(Dataset[Batch | InputError]):
         context_length: int,
         tokenizer: CaptionTokenizer | None = None,
         full_captions: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.images, self.recipe, self.size, self.context_length = images, recipe, image_size, context_length
         self.full_captions = full_captions
-        self.order = Order(len(images.source), recipe.schedule.batch_size, recipe.seed)
         self.tokenizer = tokenizer or Tokenizer()
         self.text_views = recipe.text_views  # worked out once, not for each pair
         strong = recipe.data.strong_images or recipe.data.images
         self.image_views = [recipe.data.images] * recipe.pair_views
         self.image_views += [strong] * (recipe.image_views - recipe.pair_views)
         self.synonyms = load_synonyms() if "augmented" in self.text_views else {}
+        self.ends = caption_ends(images.source) if recipe.data.text.pool == "each" else None
+        self.items = len(images.source) if self.ends is None else int(self.ends[-1])
+        self.order = self._order()
+        batch_size, contrastive = recipe.schedule.batch_size, recipe.terms.contrastive
+        self.rows = range(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
+        self.wants_caption_ids = bool(contrastive and contrastive.equal_captions == "positives")
 
     def __getitem__(self, number: int) -> Batch | InputError:
         try:
@@ -119,41 +61,75 @@ class BatchMaker(Dataset[Batch | InputError]):
         except InputError as error:
             return error
 
+    def _order(self) -> BatchOrder:
+        recipe, source = self.recipe, self.images.source
+        batch_size, data = recipe.schedule.batch_size, recipe.data
+        order: BatchOrder
+        if data.weights:
+            if self.ends is not None or not isinstance(source, Concatenation):
+                raise InputError(
+                    "data.weights needs several sources in data.train, and goes with no data.text.pool=each."
+                )
+            parts = [
+                Order(len(part), batch_size, recipe.seed, part.shards, data.shuffle_window, doubles=True)
+                for part in source.sources
+            ]
+            order = Mixture(parts, data.weights, recipe.seed)
+        else:
+            shards = source.shards if self.ends is None else np.concatenate([[0], self.ends])[source.shards]
+            order = Order(self.items, batch_size, recipe.seed, shards, data.shuffle_window)
+        if data.keep_apart == "nothing":
+            return order
+        features = (CaptionFeatures if data.keep_apart == "captions" else ImageFeatures)(source)
+        return Apart(order, features if self.ends is None else OfItems(features, self.ends))
+
     def make(self, number: int) -> Batch:
         """Batch `number`, all views of it."""
-        recipe, rows, first = self.recipe, [], number * self.order.batch_size
+        recipe, pairs, first = self.recipe, [], number * self.order.batch_size
         broken: list[tuple[int, str, str]] = []
-        images = np.empty((len(self.image_views), self.order.batch_size, self.size, self.size, 3), np.uint8)
-        order = self.order.batch(number).tolist()
-        taken = set(order)
-        for row, wanted in enumerate(order):
-            index, image = self._readable(wanted, taken, broken)
+        images = np.empty((len(self.image_views), len(self.rows), self.size, self.size, 3), np.uint8)
+        items = self.order.batch(number)
+        # With pool=each an item is a caption, and the pair is the one that it belongs to.
+        indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
+        taken = set(indices.tolist())
+        for row, place in enumerate(self.rows):
+            index, views = self._readable(int(indices[place]), first + place, taken, broken)
             taken.add(index)
-            rows.append(index)
-            rng = np.random.default_rng([recipe.seed, first + row, 0])
-            for view, options in enumerate(self.image_views):
-                images[view, row] = random_view(image, self.size, options, rng)
-        rngs = [np.random.default_rng([recipe.seed, first + row, 1]) for row in range(len(rows))]
-        tokens, labels = self._texts(rows, rngs)
+            pairs.append(index)
+            for view, pixels in enumerate(views):
+                images[view, row] = pixels
+        rngs = [np.random.default_rng([recipe.seed, first + place, 1]) for place in self.rows]
+        captions = [
+            self._draw(index, int(items[place]), first + place, rng)
+            for index, place, rng in zip(pairs, self.rows, rngs, strict=True)
+        ]
+        tokens, labels = self._texts(captions, rngs)
+        ids = [[text_hash(texts[view]) for texts in captions] for view in range(len(self.text_views))]
         return Batch(
             images=torch.from_numpy(images),
             tokens=torch.from_numpy(tokens),
             text_views=tuple(self.text_views),
             labels=None if labels is None else torch.from_numpy(labels),
-            sample_ids=torch.tensor(rows),
+            sample_ids=torch.tensor(pairs),
             broken=tuple(broken),
+            caption_ids=torch.tensor(ids) if self.wants_caption_ids else None,
         )
 
-    def _readable(self, index: int, taken: set[int], broken: list[tuple[int, str, str]]) -> tuple[int, np.ndarray]:
-        """The pair itself, or, where it is broken, the next one in storage that is not: its index and its image."""
+    def _readable(
+        self, index: int, place: int, taken: set[int], broken: list[tuple[int, str, str]]
+    ) -> tuple[int, list[Pixels]]:
+        """The pair itself, or, where it is broken, the next one in storage that is not: its index and its views."""
+        source = self.images.source
         for candidate in chain([index], self._stand_ins(index, taken)):
             try:
-                if not self.images.source.captions(candidate):
-                    raise BrokenPair(self.images.source.key(candidate), f"pair {candidate}", "every caption is empty")
-                return candidate, self.images.get(candidate)
+                if not source.captions(candidate):
+                    raise BrokenPair(source.key(candidate), source.where(candidate), "every caption is empty")
+                # The views are the same whichever candidate it is.
+                rng = np.random.default_rng([self.recipe.seed, place, 0])
+                return candidate, self.images.views(candidate, self.size, self.image_views, rng)
             except BrokenPair as error:
                 broken.append((candidate, error.where, error.reason))
-        raise InputError(f"None of the {len(self.images.source)} pairs of {self.images.source.name} can be read.")
+        raise InputError(f"None of the {len(source)} pairs of {source.name} can be read.")
 
     def _stand_ins(self, index: int, taken: set[int]) -> Iterator[int]:
         """The other pairs in storage order from `index` on; last those of this batch, which would be own negatives."""
@@ -164,13 +140,14 @@ class BatchMaker(Dataset[Batch | InputError]):
                 if (candidate in taken) == in_batch:
                     yield candidate
 
-    def _texts(self, rows: list[int], rngs: list[np.random.Generator]) -> tuple[np.ndarray, np.ndarray | None]:
+    def _texts(
+        self, captions: list[list[str]], rngs: list[np.random.Generator]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """All text views: tokens int64 [text views, batch, longest] and the masked view's labels [batch, longest]."""
         views, labels = [], None
         options, special = self.recipe.data.text, self.tokenizer.special
-        drawn = [self._draw(index, rng) for index, rng in zip(rows, rngs, strict=True)]
         for number, view in enumerate(self.text_views):
-            texts = [captions[number] for captions in drawn]
+            texts = [texts[number] for texts in captions]
             if view == "augmented":
                 texts = [augment(text, self.synonyms, options, rng) for text, rng in zip(texts, rngs, strict=True)]
             ids = [self.tokenizer.encode(text) for text in texts]
@@ -185,16 +162,38 @@ class BatchMaker(Dataset[Batch | InputError]):
         padded = [np.pad(t, ((0, 0), (0, longest - t.shape[1])), constant_values=special.pad) for t in views]
         return np.stack(padded), labels
 
-    def _draw(self, index: int, rng: np.random.Generator) -> list[str]:
+    def _draw(self, index: int, item: int, place: int, rng: np.random.Generator) -> list[str]:
         """One caption for each text view."""
         pool, options, count = self.images.source.captions(index), self.recipe.data.text, len(self.text_views)
         if options.pool == "first":
             return [pool[0]] * count
+        if options.pool == "each" and self.ends is not None:
+            # A stand-in for a broken pair may have fewer captions.
+            return [pool[(item - (int(self.ends[index - 1]) if index else 0)) % len(pool)]] * count
+        if options.pool == "turn":
+            epoch = place // len(self.images.source)
+            return [pool[(epoch + view * options.independent) % len(pool)] for view in range(count)]
         if not options.independent:
             return [pool[rng.integers(len(pool))]] * count
         # Without replacement as long as the pool lasts: two views of one text say less than two captions.
         order = rng.permutation(len(pool))
         return [pool[order[view % len(pool)]] for view in range(count)]
+
+
+def caption_ends(source: Source) -> np.ndarray:
+    """Where the captions of each pair end when all are counted one after the other: int64 [pairs]."""
+    return np.cumsum([len(source.captions(index)) for index in range(len(source))])
+
+
+class OfItems:
+    """What `Apart` asks of a pair, asked of the pair that a caption belongs to; its own captions are all equal."""
+
+    def __init__(self, features: Callable[[int], Iterable[Hashable]], ends: np.ndarray) -> None:
+        self.features, self.ends = features, ends
+
+    def __call__(self, item: int) -> list[Hashable]:
+        index = int(np.searchsorted(self.ends, item, side="right"))
+        return [("image", index), *self.features(index)]
 
 
 def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iterator[Batch]:
@@ -209,7 +208,19 @@ def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iter
         worker_init_fn=_quiet_worker if workers else None,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    for batch in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            # Killed from outside, mostly for memory; PyTorch's sentence names the process and the signal.
+            raise RunStopped(
+                f"A loader process has died: {first_line(error)}. Where memory ran out, lower data.workers."
+            ) from None
         if isinstance(batch, InputError):
             raise batch
         yield batch

@@ -59,7 +59,8 @@ def _build_term(name: str, recipe: Recipe, model: DualEncoder, used_tokens: Tens
     options = getattr(recipe.terms, name)
     match name:
         case "contrastive":
-            return Contrastive(options.images, options.texts, options.multi_view)
+            equal = options.equal_captions == "positives"
+            return Contrastive(options.images, options.texts, options.multi_view, equal)
         case "sigmoid":
             return Sigmoid(options.images, options.texts)
         case "token_wise":

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from declip.data.captions import CaptionTokenizer, tokenize
+from declip.data.decoded import Images
 from declip.data.images import eval_view
-from declip.data.loader import Images
 from declip.data.sources import BrokenPair
 from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics

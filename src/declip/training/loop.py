@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from declip.data.captions import CaptionTokenizer
+from declip.data.decoded import Images, check_broken, open_images
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
-from declip.data.loader import BatchMaker, Images, check_broken, make_loader, open_images
-from declip.data.sources import BrokenPair, Source, open_sources, split_holdout, take_fraction
-from declip.errors import InputError, first_line
+from declip.data.loader import BatchMaker, caption_ends, make_loader
+from declip.data.sources import BrokenPair, Concatenation, Source, open_sources, split_holdout, take_fraction
+from declip.errors import InputError, RunStopped, first_line
 from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise
@@ -65,7 +66,8 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
         )
     images = open_images(pairs, recipe.data.cache_gb, recipe.data.broken_limit)
     held_images = open_images(held_pairs, recipe.data.cache_gb, 1.0) if held_pairs else None
-    steps = total_steps(recipe, len(pairs))
+    items = int(caption_ends(pairs)[-1]) if recipe.data.text.pool == "each" else len(pairs)
+    steps = total_steps(recipe, items)
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
@@ -85,6 +87,11 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
             run.save()
             log.say(f"\nStopped at step {run.step} of {steps}; saved. To go on: the same command with --resume.")
             raise
+        except RunStopped as error:
+            run.save()
+            raise RunStopped(
+                f"{error} The run is saved at step {run.step} of {steps}; to go on: the same command with --resume."
+            ) from None
     return run.finish()
 
 
@@ -119,15 +126,24 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
         raise InputError(
             "There is nothing to train on: say data.train=FILE (parquet or a caption table beside images)."
         )
-    pairs: Source = open_sources(data.train, data)
+    # With weights every source keeps pairs of its own, and is split by itself.
+    named = [[spec] for spec in data.train] if data.weights else [data.train]
+    parts: list[Source] = [open_sources(specs, data) for specs in named]
     held: Source | None = None
     if data.validation:
         held = open_sources(data.validation, data)
     elif data.holdout:
-        pairs, held = split_holdout(pairs, data.holdout, seed=0)
+        splits = [split_holdout(part, data.holdout, seed=0) for part in parts]
+        parts, held = [kept for kept, _ in splits], joined([out for _, out in splits])
     if data.fraction < 1:
-        pairs = take_fraction(pairs, data.fraction, data.fraction_seed)
+        parts = [take_fraction(part, data.fraction, data.fraction_seed) for part in parts]
+    pairs = joined(parts)
     return pairs, held if held is not None and len(held) > 1 else None
+
+
+def joined(sources: Sequence[Source]) -> Source:
+    """One source out of several."""
+    return sources[0] if len(sources) == 1 else Concatenation(sources)
 
 
 def used_tokens(recipe: Recipe, pairs: Source, tokenizer: CaptionTokenizer) -> Tensor | None:

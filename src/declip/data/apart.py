@@ -1,0 +1,90 @@
+"""Batches in which nothing stands twice: equal captions or equal images are false negatives to one another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable
+from functools import lru_cache
+
+import numpy as np
+
+from declip.data.order import BatchOrder, Indices
+from declip.data.sources import BrokenPair, Source
+
+BLOCK = 16
+
+
+class Apart:
+    """An order with the pairs of every BLOCK batches handed out anew, so that equals come into different batches.
+
+    Every pair still comes as often as in the order below, at most BLOCK batches earlier or later, and a batch is still
+    a pure function of its number. Where there are more equals than batches in a block, the rest stay together.
+    """
+
+    def __init__(self, order: BatchOrder, features: Callable[[int], Iterable[Hashable]]) -> None:
+        """`features`: of a pair, by its index; two pairs are equal where they share one."""
+        self.order, self.features, self.batch_size = order, features, order.batch_size
+        self._block = lru_cache(2)(self._hand_out)
+
+    def __reduce__(self) -> tuple[type[Apart], tuple[BatchOrder, Callable[[int], Iterable[Hashable]]]]:
+        return Apart, (self.order, self.features)
+
+    def batch(self, number: int) -> Indices:
+        """Indices of the pairs in global batch `number`: int64 [batch_size]."""
+        block, within = divmod(number, BLOCK)
+        return np.array(self._block(block)[within], np.int64)
+
+    def _hand_out(self, block: int) -> list[list[int]]:
+        """Each pair to its own batch, else to the next one that has room and nothing equal."""
+        batches: list[list[int]] = [[] for _ in range(BLOCK)]
+        seen: list[set[Hashable]] = [set() for _ in range(BLOCK)]
+        left = []
+        for own in range(BLOCK):
+            for index in self.order.batch(block * BLOCK + own).tolist():
+                features = {("pair", index), *self.features(index)}  # a pair is always equal to itself
+                for step in range(BLOCK):
+                    which = (own + step) % BLOCK
+                    if len(batches[which]) < self.batch_size and seen[which].isdisjoint(features):
+                        batches[which].append(index)
+                        seen[which] |= features
+                        break
+                else:
+                    left.append(index)
+        for batch in batches:
+            while len(batch) < self.batch_size:
+                batch.append(left.pop())
+        return batches
+
+
+def text_hash(text: str) -> int:
+    """A caption as a number below 2⁶³, the same for captions that differ in case and white space only."""
+    digest = hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class CaptionFeatures:
+    """The captions of a pair as numbers, for `Apart`."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __call__(self, index: int) -> list[int]:
+        return [text_hash(caption) for caption in self.source.captions(index)]
+
+
+class ImageFeatures:
+    """The encoded image of a pair as a number, for `Apart`; every image is read once, at the start."""
+
+    def __init__(self, source: Source) -> None:
+        self.hashes = np.array([self._hash(source, index) for index in range(len(source))], np.int64)
+
+    def __call__(self, index: int) -> list[int]:
+        return [int(self.hashes[index])]
+
+    @staticmethod
+    def _hash(source: Source, index: int) -> int:
+        try:
+            data = source[index].image
+        except BrokenPair:
+            return -1 - index
+        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1

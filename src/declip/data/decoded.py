@@ -1,0 +1,86 @@
+"""Images of a source, decoded once and kept where all fit in memory, on demand otherwise."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from declip.data.images import Pixels, decode_image, random_view
+from declip.data.sources import BrokenPair, Source
+from declip.errors import InputError
+from declip.pairs import ImageViews
+
+
+@dataclass
+class Images:
+    """Decoded images of a source: kept in memory when all fit, decoded on demand otherwise."""
+
+    source: Source
+    kept: list[np.ndarray | BrokenPair] | None
+
+    def get(self, index: int) -> np.ndarray:
+        """uint8 [height, width, 3]; raises BrokenPair."""
+        image = self.kept[index] if self.kept is not None else _decode(self.source, index)
+        if isinstance(image, BrokenPair):
+            raise image
+        return image
+
+    def views(self, index: int, size: int, options: Sequence[ImageViews], rng: np.random.Generator) -> list[Pixels]:
+        """Random views of an image, each uint8 [size, size, 3]; raises BrokenPair."""
+        image = self.get(index)
+        return [random_view(image, size, view, rng) for view in options]
+
+
+def open_images(source: Source, limit_gb: float, broken_limit: float) -> Images:
+    """Decode a source once when it fits in `limit_gb`; raises InputError when too many pairs are broken."""
+    if len(source) * _mean_decoded_bytes(source) > limit_gb * 2**30:
+        return Images(source, None)
+    with ThreadPoolExecutor(2) as pool:
+        kept = list(pool.map(lambda index: _try_decode(source, index), range(len(source))))
+    broken = [image for image in kept if isinstance(image, BrokenPair)]
+    check_broken(len(broken), broken[0] if broken else None, len(source), broken_limit)
+    for pair in broken:
+        print(f"skipped: {pair}", file=sys.stderr)
+    return Images(source, kept)
+
+
+def check_broken(count: int, first: BrokenPair | None, size: int, limit: float) -> None:
+    """Raise InputError when more than `limit` of the pairs are broken."""
+    if first is not None and count > limit * size:
+        raise InputError(
+            f"{count} of {size} pairs are broken, more than data.broken_limit = {limit:g} allows; the first: {first}."
+        )
+
+
+def _decode(source: Source, index: int) -> np.ndarray:
+    pair = source[index]
+    try:
+        return decode_image(pair.image)
+    except ValueError as error:
+        raise BrokenPair(pair.key, pair.where, str(error)) from None
+
+
+def _try_decode(source: Source, index: int) -> np.ndarray | BrokenPair:
+    try:
+        return _decode(source, index)
+    except BrokenPair as error:
+        return error
+
+
+def _mean_decoded_bytes(source: Source, samples: int = 64) -> float:
+    """Mean size of a decoded image, from the headers of a few spread over the set."""
+    from PIL import Image, UnidentifiedImageError
+
+    sizes = []
+    for index in np.linspace(0, len(source) - 1, min(samples, len(source))).astype(int):
+        try:
+            with Image.open(io.BytesIO(source[int(index)].image)) as image:
+                sizes.append(image.width * image.height * 3)
+        except (BrokenPair, UnidentifiedImageError, OSError):
+            continue
+    return float(np.mean(sizes)) if sizes else 0.0
