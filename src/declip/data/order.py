@@ -86,7 +86,7 @@ class Order:
         places = np.empty(len(positions), np.int64)
         for number in np.unique(windows).tolist():
             chosen, start, end = windows == number, layout.windows[number], layout.windows[number + 1]
-            places[chosen] = start + _permuted(positions[chosen] - start, int(end - start), (self.seed, epoch, number))
+            places[chosen] = start + permuted(positions[chosen] - start, int(end - start), (self.seed, epoch, number))
         slots = np.searchsorted(layout.slots, places, side="right") - 1
         return np.asarray(layout.starts[slots] + places - layout.slots[slots])
 
@@ -142,7 +142,7 @@ def _shuffled_shards(shards: Indices, seed: int, epoch: int) -> Indices:
     return best
 
 
-def _permuted(positions: Indices, size: int, key: tuple[int, int, int]) -> Indices:
+def permuted(positions: Indices, size: int, key: tuple[int, int, int]) -> Indices:
     """Where a random permutation of `size` numbers takes some of them."""
     if size <= _LISTED:
         return _listed(size, key)[positions]

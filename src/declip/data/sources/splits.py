@@ -5,25 +5,76 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+from numpy.typing import NDArray
 
-from declip.data.sources.base import Source, Subset
+from declip.data.order import permuted
+from declip.data.sources.base import Pair, Source, Subset, position
 from declip.errors import InputError
 
+BY_KEY = 2**20
+"""Sets up to this size are split by their keys. Of larger ones not even the keys are read."""
 
-def split_holdout(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
+MOST_HELD = 20_000
+"""Held-out pairs of a set that is not split by keys: far more than are judged."""
+
+
+class Without:
+    """A source without some of its pairs, in memory for those alone."""
+
+    def __init__(self, source: Source, removed: NDArray[np.int64]) -> None:
+        """`removed`: indices of the pairs left out, rising and each once."""
+        self.source, self.removed = source, removed
+        # How many pairs stay before each one that is removed.
+        self._kept_before = removed - np.arange(len(removed))
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def shards(self) -> NDArray[np.int64]:
+        shards = self.source.shards
+        return np.unique(shards - np.searchsorted(self.removed, shards))
+
+    def __len__(self) -> int:
+        return len(self.source) - len(self.removed)
+
+    def __getitem__(self, i: int, /) -> Pair:
+        return self.source[self._index(i)]
+
+    def captions(self, i: int, /) -> tuple[str, ...]:
+        return self.source.captions(self._index(i))
+
+    def key(self, i: int, /) -> str:
+        return self.source.key(self._index(i))
+
+    def where(self, i: int, /) -> str:
+        return self.source.where(self._index(i))
+
+    def _index(self, i: int) -> int:
+        i = position(i, len(self))
+        return i + int(np.searchsorted(self._kept_before, i, side="right"))
+
+
+def split_holdout(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     """Split into (train, held out), a share of the pairs (at least one) held out by the hash of their keys.
 
     Pairs of equal keys stay together, and the split does not depend on the order of the pairs. A share of 0 holds
-    out nothing. Raises InputError where nothing would be left to train on.
+    out nothing. Of more than BY_KEY pairs, MOST_HELD at most are held out, by their place instead of their key.
+    Raises InputError where nothing would be left to train on.
     """
-    hashes = _hashes(source, f"holdout {seed}")
     count = max(1, round(share * len(source))) if share > 0 else 0
-    held = hashes <= np.partition(hashes, count - 1)[count - 1] if count else np.zeros(len(source), dtype=bool)
-    if held.all():
+    if len(source) > BY_KEY:
+        places = np.arange(min(count, MOST_HELD))
+        held = np.sort(permuted(places, len(source), (seed, 0, 0)))
+    else:
+        hashes = _hashes(source, f"holdout {seed}")
+        held = np.flatnonzero(hashes <= np.partition(hashes, count - 1)[count - 1]) if count else np.arange(0)
+    if len(held) == len(source):
         raise InputError(
             f"{source.name} has too few pairs ({len(source)}) to hold some out: give data.validation or more pairs."
         )
-    return Subset(source, np.flatnonzero(~held)), Subset(source, np.flatnonzero(held))
+    return Without(source, held), Subset(source, held)
 
 
 def take_fraction(source: Source, fraction: float, seed: int) -> Source:
@@ -31,11 +82,14 @@ def take_fraction(source: Source, fraction: float, seed: int) -> Source:
     if fraction >= 1:
         return source
     count = max(1, round(fraction * len(source)))
-    chosen = np.argsort(_hashes(source, f"fraction {seed}"), kind="stable")[:count]
+    if len(source) > BY_KEY:
+        chosen = permuted(np.arange(count), len(source), (seed, 1, 0))
+    else:
+        chosen = np.argsort(_hashes(source, f"fraction {seed}"), kind="stable")[:count]
     return Subset(source, np.sort(chosen))
 
 
-def _hashes(source: Source, salt: str) -> np.ndarray:
+def _hashes(source: Source, salt: str) -> NDArray[np.uint64]:
     """A hash of each pair's key, uint64 [pairs]."""
     start = hashlib.blake2b(salt.encode(), digest_size=8)
     digests = bytearray()
