@@ -57,7 +57,7 @@ class Data(Section):
     train: Sources = Field(
         [],
         description="training pairs: parquet files, tar shards, caption tables beside images, image folders, Hugging "
-        "Face datasets on disk, demo:NAME; patterns as {000..099}.tar and *.parquet; s3://, gs://, https://, hf://",
+        "Face datasets on disk, demo:NAME; patterns as {000..099}.tar and *.parquet",
     )
     weights: list[float] = Field(
         [], description="how often pairs of each source of train come, relative to one another (default: by size)"
@@ -82,9 +82,6 @@ class Data(Section):
     keep_apart: Literal["nothing", "captions", "images"] = Field(
         "nothing", description="equal captions (or images) that are kept out of one batch, as they are false negatives"
     )
-    augment_on: Literal["worker", "device"] = Field(
-        "worker", description="where colours, blur and flips are computed: in loader workers, or batched on the device"
-    )
     images: ImageViews = Field(ImageViews(), description="how image views are made")
     strong_images: ImageViews | None = Field(
         None,
@@ -94,8 +91,7 @@ class Data(Section):
     workers: int = Field(1, ge=0, description="loader processes; 0 loads in the training process")
     cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when all fit in this many GB")
     index_folder: str | None = Field(
-        None, description="folder for indices and copies of remote shards (default: declip in the user's cache folder)"
+        None,
+        description="folder for indices of shards that lie where nothing can be written (default: the cache folder's)",
     )
-    disk_gb: float = Field(50.0, gt=0, description="copies of remote shards are kept up to this many GB")
-    retries: int = Field(5, ge=0, description="how often a failed read from a remote place is tried again")
     broken_limit: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the pairs is broken")

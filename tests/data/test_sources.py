@@ -280,7 +280,7 @@ def test_captions_table_is_preferred_and_several_are_refused(pets: Path) -> None
 
 
 def test_folder_without_a_table(pets: Path) -> None:
-    with pytest.raises(InputError, match="no caption table"):
+    with pytest.raises(InputError, match="holds no pairs: put a captions"):
         open_sources([str(pets)], FOUND)
 
 

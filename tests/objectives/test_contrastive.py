@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from made import batch, cosine, features
 from torch.nn import functional as F
 
 from declip.model.dual_encoder import Features
-from declip.objectives.contrastive import Contrastive, multi_view_infonce
+from declip.objectives.contrastive import Contrastive, equal_targets, multi_view_infonce
 
 
 def naive(made: Features, images: int, texts: list[str]) -> float:
@@ -35,6 +36,33 @@ def test_like_naive(images: int, texts: list[str]) -> None:
     loss = Contrastive(images, texts)(made, batch())
     assert loss.shape == ()
     assert loss.item() == pytest.approx(naive(made, images, texts), rel=1e-5)
+
+
+def test_equal_captions_are_positives() -> None:
+    """Against loops: each row's target is spread over the rows that show its caption."""
+    made = features(images=2, views=["caption", "masked"])
+    ids = [[7, 3, 7, 7, 4], [1, 2, 3, 4, 2]]
+    shown = replace(batch(), text_views=("masked", "caption"), caption_ids=torch.tensor(ids[::-1]))
+    scale, losses = float(made.logit_scale.detach()), []
+    for image in made.image:
+        for view, own in zip(("caption", "masked"), ids, strict=True):
+            text = made.text[view]
+            logits = [[scale * cosine(i, t) for t in text] for i in image]
+            for rows in (logits, list(zip(*logits, strict=True))):
+                for i, row in enumerate(rows):
+                    shares = [math.exp(x) / sum(map(math.exp, row)) for x in row]
+                    positives = [j for j in range(5) if own[j] == own[i]]
+                    losses.append(-sum(math.log(shares[j]) for j in positives) / len(positives))
+    loss = Contrastive(2, ["caption", "masked"], equal_positives=True)(made, shown)
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_different_captions_are_as_ever() -> None:
+    made, ids = features(), torch.arange(5)[None].repeat(3, 1)
+    shown = replace(batch(), text_views=("caption", "masked", "augmented"), caption_ids=ids)
+    losses = [Contrastive(2, ["caption", "masked"], equal_positives=equal)(made, shown) for equal in (False, True)]
+    torch.testing.assert_close(losses[1], losses[0])
+    assert torch.equal(equal_targets(ids)[0], torch.eye(5))
 
 
 def test_only_the_named_views_get_gradients() -> None:

@@ -244,19 +244,22 @@ def load_synonyms() -> Synonyms:
 def augment(text: str, synonyms: Mapping[str, tuple[str, ...]], views: CaptionViews, rng: np.random.Generator) -> str:
     """One easy data augmentation (Wei and Zou 2019, arXiv:1901.11196), drawn with the frequencies that `views` gives.
 
-    A word is replaced by a synonym, two words are swapped, or words are deleted; white space becomes single spaces.
+    A word is replaced by a synonym, two words are swapped, words are deleted, or a synonym is inserted; white space
+    becomes single spaces.
     Single words are neither swapped nor deleted, a text without words comes back as it is.
     """
     words = text.split()
-    draw = rng.random() * (views.synonym + views.swap + views.deletion)
+    draw = rng.random() * (views.synonym + views.swap + views.deletion + views.insertion)
     if not words:
         return text
     if draw < views.synonym:
         words = _replace_word(words, synonyms, rng)
     elif draw < views.synonym + views.swap:
         words = _swap_words(words, rng)
-    elif views.deletion > 0:
+    elif draw < views.synonym + views.swap + views.deletion:
         words = _delete_words(words, views.deletion_share, rng)
+    elif views.insertion > 0:
+        words = _insert_word(words, synonyms, rng)
     return " ".join(words)
 
 
@@ -279,6 +282,17 @@ def _replace_word(words: list[str], synonyms: Mapping[str, tuple[str, ...]], rng
     choices = synonyms[chosen]
     synonym = choices[_pick(len(choices), rng)]
     return [_exchange(word, synonym) if core == chosen else word for word, core in zip(words, bare, strict=True)]
+
+
+def _insert_word(words: list[str], synonyms: Mapping[str, tuple[str, ...]], rng: np.random.Generator) -> list[str]:
+    """A synonym of a random word that has one comes in at a random place."""
+    bare = [_bare(word) for word in words]
+    candidates = [word for word in dict.fromkeys(bare) if word in synonyms and word not in _STOPWORDS]
+    if not candidates:
+        return words
+    choices = synonyms[candidates[_pick(len(candidates), rng)]]
+    words.insert(_pick(len(words) + 1, rng), choices[_pick(len(choices), rng)])
+    return words
 
 
 def _exchange(word: str, synonym: str) -> str:

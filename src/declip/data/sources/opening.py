@@ -6,24 +6,30 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from declip.data.patterns import expand
+from declip.data.sources.arrow import is_dataset, open_dataset
 from declip.data.sources.base import Concatenation, Source
+from declip.data.sources.folder import open_folder
 from declip.data.sources.parquet import open_parquet
+from declip.data.sources.tar import open_tar
 from declip.data.sources.text_table import TEXT_TABLES, open_text_table
 from declip.errors import InputError
 from declip.pairs import Data
 
 DEMOS = ("noto", "twemoji", "fluent3d")
-KINDS = "a .parquet file, a .csv, .tsv or .jsonl caption table, a folder with one, or " + ", ".join(
-    f"demo:{name}" for name in DEMOS
+KINDS = (
+    "a .parquet file, tar shards, a .csv, .tsv or .jsonl caption table, a folder with one of these, an image folder, a "
+    "Hugging Face dataset on disk, or " + ", ".join(f"demo:{name}" for name in DEMOS)
 )
 
 
 def open_sources(specs: Sequence[str], data: Data, *, need_captions: bool = True) -> Source:
     """Open what the user named, several one after the other.
 
-    specs: parquet files, caption tables (columns filename and caption, paths relative to the table; several rows of a
-    file name are one pair), folders with such a table, demo:NAME. Columns are found by their names and types, and the
-    ones told in ``data`` win. ``need_captions=False`` also opens labelled images without a caption column.
+    specs: parquet files, tar shards, caption tables (columns filename and caption, paths relative to the table; several
+    rows of a file name are one pair), folders with one of these, image folders, Hugging Face datasets on disk,
+    demo:NAME, and patterns of files. Columns are found by their names and types, and the ones told in ``data`` win.
+    ``need_captions=False`` also opens labelled images without a caption column.
 
     Raises InputError where there is no such file, it cannot be read, a column is missing, or there are no pairs.
     """
@@ -40,29 +46,53 @@ def _open(spec: str, data: Data, need_captions: bool) -> Source:
             raise InputError(f"There are no embedded pairs {spec!r}: there are demo:{', demo:'.join(DEMOS)}.")
         with resources.as_file(resources.files("declip") / "data" / "demo" / f"{demo}.parquet") as path:
             return open_parquet(spec, path, data, need_captions)
-    path = Path(spec).expanduser()
-    if not path.exists():
-        raise InputError(f"There is no file or folder {spec!r}: give {KINDS}.")
-    if path.is_dir():
-        path = _table_in(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".parquet", *TEXT_TABLES):
-        raise InputError(f"{spec} is of no known kind: give {KINDS}.")
-    source = (open_text_table if suffix in TEXT_TABLES else open_parquet)(spec, path, data, need_captions)
+    paths = [Path(path).expanduser() for path in expand(spec)]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"There is no file or folder {str(path)!r}: give {KINDS}.")
+    if len(paths) == 1 and paths[0].is_dir():
+        source = _open_folder(spec, paths[0], data, need_captions)
+    else:
+        source = _open_files(spec, paths, data, need_captions)
     if not len(source):
         raise InputError(f"{spec} holds no pairs.")
     return source
 
 
-def _table_in(folder: Path) -> Path:
-    """The caption table of a folder: captions.csv, .tsv or .jsonl, or the only table there is."""
-    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TEXT_TABLES)
-    found = [path for path in tables if path.stem == "captions"] or tables
-    if not found:
+def _open_files(spec: str, paths: Sequence[Path], data: Data, need_captions: bool) -> Source:
+    suffixes = {path.suffix.lower() for path in paths}
+    if len(suffixes) > 1:
         raise InputError(
-            f"Folder {folder} has no caption table: put a captions.csv with the columns filename and caption in it."
+            f"{spec} names files of several kinds ({', '.join(sorted(suffixes))}): name one kind at a time."
         )
+    suffix = suffixes.pop()
+    if suffix == ".tar":
+        return open_tar(spec, paths, data)
+    if suffix not in (".parquet", *TEXT_TABLES):
+        raise InputError(f"{spec} is of no known kind: give {KINDS}.")
+    opened = open_text_table if suffix in TEXT_TABLES else open_parquet
+    parts = [opened(spec if len(paths) == 1 else str(path), path, data, need_captions) for path in paths]
+    return parts[0] if len(parts) == 1 else Concatenation(parts, spec)
+
+
+def _open_folder(spec: str, folder: Path, data: Data, need_captions: bool) -> Source:
+    """A dataset of Hugging Face; else the caption table, tar shards or parquet files in it; else an image folder."""
+    if is_dataset(folder):
+        return open_dataset(spec, folder, data, need_captions)
+    if table := _table_in(folder):
+        return open_text_table(spec, table, data, need_captions)
+    for suffix in (".tar", ".parquet"):
+        if files := sorted(path for path in folder.iterdir() if path.suffix.lower() == suffix):
+            return _open_files(spec, files, data, need_captions)
+    return open_folder(spec, folder, data)
+
+
+def _table_in(folder: Path) -> Path | None:
+    """The caption table of a folder: captions.csv, .tsv or .jsonl, or the only table there is."""
+    # A .json may be anything.
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TEXT_TABLES and path.suffix != ".json")
+    found = [path for path in tables if path.stem == "captions"] or tables
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise InputError(f"Folder {folder} has several caption tables ({names}): name the file instead of the folder.")
-    return found[0]
+    return found[0] if found else None

@@ -15,7 +15,8 @@ from declip.data.sources.table import TableSource
 from declip.errors import InputError
 from declip.pairs import Data
 
-TEXT_TABLES = (".csv", ".tsv", ".jsonl")
+JSON_LINES = (".jsonl", ".ndjson", ".json")  # DeCLIP's lists of YFCC15M are JSON lines, and named .json
+TEXT_TABLES = (".csv", ".tsv", *JSON_LINES)
 
 Row = dict[str, Any]
 
@@ -45,7 +46,7 @@ def open_text_table(spec: str, path: Path, data: Data, need_captions: bool) -> T
         return TableSource(
             name=spec,
             file=str(path),
-            folder=path.parent,
+            folder=Path(data.image_root).expanduser() if data.image_root else path.parent,
             image_column=pa.array(list(captions), pa.string()),
             caption_columns=text_columns if columns and columns.captions else [],
             label_column=pa.array(labels, pa.string()),
@@ -74,7 +75,7 @@ def text_rows(path: Path) -> Iterator[tuple[int, Row]]:
     Raises InputError where a row cannot be read, UnicodeError and OSError where the file cannot.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from _json_rows(path, file) if path.suffix.lower() == ".jsonl" else _csv_rows(path, file)
+        yield from _json_rows(path, file) if path.suffix.lower() in JSON_LINES else _csv_rows(path, file)
 
 
 def _json_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
