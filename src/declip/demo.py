@@ -103,7 +103,7 @@ def run_demo(out: str | Path, minutes: float = 10.0, quiet: bool = False) -> dic
 
 def find_pictures(models: dict[str, Any], queries: list[str] = QUERIES, top: int = 5) -> list[Query]:
     """For each query the `top` unseen pictures of each model; right where name and keywords hold every word of it."""
-    from declip.data.images import decode_image
+    from declip.data.decode import decode_image
     from declip.evaluation.report import Hit, Query
 
     source = open_sources([TEST], Data())

@@ -239,6 +239,12 @@ def test_swap_changes_two_places() -> None:
     assert min(many("a b c", ONLY_SWAP, 3000).values()) > 900
 
 
+def test_insertion_of_a_synonym_anywhere() -> None:
+    views = CaptionViews(synonym=0, swap=0, deletion=0, insertion=1)
+    assert set(many("a dog", views)) == {"hound a dog", "a hound dog", "a dog hound"}
+    assert many("a", views) == {"a": 500}
+
+
 def test_deletion_rate() -> None:
     lengths = [len(text.split()) * count for text, count in many("a b c d e f g h i j", ONLY_DELETION, 3000).items()]
     assert abs(sum(lengths) / 3000 - 7) < 0.15

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import io
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from declip.data import images
-from declip.data.images import STRONG, WEAK, Jitter, View, decode_image, draw_view, eval_view, make_view, random_view
+from declip.data.images import STRONG, WEAK, Jitter, View, draw_view, eval_view, make_view, random_view
 from declip.pairs import ImageViews
 
 
@@ -39,69 +38,6 @@ def planes_of(image: images.Pixels) -> images.Planes:
 
 def pixels_of(planes: images.Planes, like: images.Pixels) -> images.Pixels:
     return (planes + 0.5).astype(np.uint8).T.reshape(like.shape)
-
-
-# Decoding
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def test_decode_keeps_pixels() -> None:
-    image = picture(20, 30)
-    decoded = decode_image(encoded(Image.fromarray(image)))
-    np.testing.assert_array_equal(decoded, image)
-    assert decoded.dtype == np.uint8
-    assert decoded.flags.c_contiguous
-    assert decoded.flags.writeable
-
-
-@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
-def test_alpha_is_laid_on_white(kind: str) -> None:
-    pixels = np.zeros((4, 4, 4), np.uint8)
-    pixels[:2] = (200, 0, 0, 255)
-    pixels[2:] = (200, 0, 0, 0)
-    decoded = decode_image(encoded(Image.fromarray(pixels), kind, lossless=True))
-    assert (decoded[:2] == (200, 0, 0)).all()
-    assert (decoded[2:] == 255).all()
-
-
-def test_half_alpha_and_grey_alpha() -> None:
-    decoded = decode_image(encoded(Image.new("LA", (3, 3), (0, 128))))
-    assert (np.abs(decoded.astype(int) - 127) <= 1).all()
-
-
-def test_transparent_palette() -> None:
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putdata([0, 1])
-    decoded = decode_image(encoded(palette, transparency=1))
-    assert decoded.tolist() == [[[10, 20, 30], [255, 255, 255]]]
-
-
-def test_other_modes() -> None:
-    assert (decode_image(encoded(Image.new("L", (2, 2), 77))) == 77).all()
-    assert (decode_image(encoded(Image.new("1", (2, 2), 1))) == 255).all()
-    assert decode_image(encoded(Image.new("CMYK", (2, 2)), "JPEG")).shape == (2, 2, 3)
-    deep = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
-    assert (decode_image(encoded(deep)) == 0x80).all()
-
-
-def test_orientation_is_ignored() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    assert decode_image(encoded(Image.new("RGB", (6, 4)), "JPEG", exif=exif)).shape == (4, 6, 3)
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_broken_images_raise_value_error(kind: str) -> None:
-    whole = encoded(Image.fromarray(picture(64, 64)), kind)
-    for data in (whole[: len(whole) // 2], whole[:20], b"", b"no image at all"):
-        with pytest.raises(ValueError, match="cannot be decoded"):
-            decode_image(data)
 
 
 # Evaluation view

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from declip.data.batch import Batch
 from declip.data.captions import EOT, MASK_ID, SOT, Tokenizer
+from declip.data.decode import decode_image
 from declip.data.decoded import open_images
-from declip.data.images import decode_image
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import open_sources
 from declip.errors import InputError, RunStopped

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import declip
-from declip.data.images import decode_image
+from declip.data.decode import decode_image
 from declip.errors import InputError
 from declip.model.pretrained import LoadedModel
 from declip.recipe import load_recipe

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from declip.data.images import Pixels, decode_image, random_view
+from declip.data.decode import Pixels, decode_image
+from declip.data.images import random_view
 from declip.data.sources import BrokenPair, Source
 from declip.errors import InputError
 from declip.pairs import ImageViews

@@ -1,4 +1,4 @@
-"""Decoding and image views: one encoded image in, one augmented ``uint8 [size, size, 3]`` out.
+"""Image views: one decoded image in, one augmented ``uint8 [size, size, 3]`` out.
 
 A view is drawn first (`draw_view`, only random numbers) and then made (`make_view`, only pixels). Resizing and colours
 are plain NumPy in float32: for the small images of a small model this is about twice as fast as going through PIL.
@@ -6,7 +6,6 @@ are plain NumPy in float32: for the small images of a small model this is about 
 
 from __future__ import annotations
 
-import io
 import math
 from functools import lru_cache
 from itertools import permutations
@@ -16,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from declip.data.decode import Pixels
 from declip.pairs import ImageViews
 
-Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
 Planes = NDArray[np.float32]  # [3, height * width], grey levels 0..255
 
 WEAK = ImageViews()
@@ -64,33 +63,6 @@ class View(NamedTuple):
     grayscale: bool = False
     sigma: float | None = None  # radius of the blur in pixels
     flip: bool = False
-
-
-def decode_image(data: bytes) -> Pixels:
-    """Decode an image file's bytes to RGB ``[height, width, 3]``.
-
-    Transparent parts are laid on white, of an animation the first frame counts, EXIF orientation is ignored.
-    Raises ValueError where the bytes are no image, or a broken or truncated one.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return np.array(as_rgb(image))
-    except Exception as error:  # on broken bytes PIL's readers raise anything from OSError to struct.error
-        raise ValueError(f"the image cannot be decoded: {error}") from error
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    """An opened image in RGB, transparent parts laid on white."""
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I;16"):  # PIL clips 16-bit grey levels to 255 instead of scaling them
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        with_alpha = image.convert("RGBA")
-        white = Image.new("RGBA", with_alpha.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, with_alpha).convert("RGB")
-    return image.convert("RGB")
 
 
 def eval_view(image: Pixels, size: int) -> Pixels:

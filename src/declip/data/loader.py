@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from declip.data.apart import Apart, CaptionFeatures, ImageFeatures, text_hash
 from declip.data.batch import Batch
 from declip.data.captions import CaptionTokenizer, Tokenizer, augment, load_synonyms, tokenize, tokenize_masked
+from declip.data.decode import Pixels
 from declip.data.decoded import Images
-from declip.data.images import Pixels
 from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.sources import BrokenPair, Concatenation, Source
 from declip.errors import InputError, RunStopped, first_line

@@ -116,7 +116,7 @@ def _embed_images(model: LoadedModel, spec: str, source: Source, progress: Progr
 
 def _image_groups(spec: str, source: Source, embedded: _Embedded) -> Iterator[tuple[list[np.ndarray], int]]:
     """Decoded images in bounded groups, each with the number of pairs it took; notes captions, labels and breakage."""
-    from declip.data.images import decode_image
+    from declip.data.decode import decode_image
     from declip.data.sources import BrokenPair
 
     images: list[np.ndarray] = []

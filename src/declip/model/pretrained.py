@@ -215,7 +215,7 @@ def _many(images: Any) -> Iterable[Any]:
 def _open_image(image: Any) -> Image:
     from PIL import Image
 
-    from declip.data.images import as_rgb, decode_image
+    from declip.data.decode import as_rgb, decode_image
 
     if isinstance(image, (str, os.PathLike)):
         try:
