@@ -15,8 +15,8 @@ from declip.data.sources import Source
 from declip.model.pretrained import LoadedModel
 from declip.model.towers import model_config
 from declip.recipe import Recipe
-from declip.training.loop import open_pairs, total_steps
 from declip.training.optimizer import learning_rate
+from declip.training.pairs import open_pairs, total_steps
 
 
 class Pairs(Dataset[tuple[torch.Tensor, torch.Tensor]]):

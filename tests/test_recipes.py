@@ -9,8 +9,8 @@ import pytest
 
 from declip.errors import InputError
 from declip.recipe import Recipe, load_recipe, parse_recipe, shipped
-from declip.training.loop import total_steps
 from declip.training.optimizer import learning_rate
+from declip.training.pairs import total_steps
 
 METHODS = ("clip", "slip", "filip", "declip", "defilip", "siglip")
 PUBLISHED = ("vit-b32", "vit-b16", "rn50")

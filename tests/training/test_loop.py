@@ -22,6 +22,7 @@ from declip.training import loop
 from declip.training.held_out import HeldOut
 from declip.training.logging import read_metrics
 from declip.training.loop import train
+from declip.training.pairs import open_pairs, total_steps, used_tokens
 
 MakeRecipe = Callable[..., Recipe]
 TIMING = ("seconds", "samples_per_second")
@@ -127,7 +128,7 @@ def test_attention_on_a_cpu_in_bfloat16_is_made_of_plain_products() -> None:
 def test_vocabulary_in_use(tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny("declip", "terms.masked_language.vocabulary=used")
     train(recipe, tmp_path / "run", quiet=True)
-    used = loop.used_tokens(recipe, open_sources(recipe.data.train, recipe.data), Tokenizer())
+    used = used_tokens(recipe, open_sources(recipe.data.train, recipe.data), Tokenizer())
     assert used is not None
     assert 15 < len(used) < 60
     first = read_metrics(tmp_path / "run")[0]
@@ -203,7 +204,7 @@ def test_patience(
 
 def test_scoring_leaves_the_model_as_it_was(tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny("declip")
-    _, held = loop.open_pairs(recipe.data)
+    _, held = open_pairs(recipe.data)
     assert held is not None
     torch.manual_seed(0)
     model = DualEncoder(recipe)
@@ -228,7 +229,7 @@ def test_scoring_leaves_the_model_as_it_was(tiny: MakeRecipe, tmp_path: Path) ->
     ],
 )
 def test_length(tiny: MakeRecipe, options: list[str], steps: int) -> None:
-    assert loop.total_steps(tiny("clip", *options), 32) == steps
+    assert total_steps(tiny("clip", *options), 32) == steps
 
 
 def test_device_and_threads(tiny: MakeRecipe, tmp_path: Path) -> None:

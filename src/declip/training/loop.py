@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from declip.data.captions import CaptionTokenizer
 from declip.data.decoded import Images, check_broken, open_images
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
-from declip.data.loader import BatchMaker, caption_ends, make_loader
-from declip.data.sources import BrokenPair, Concatenation, Source, open_sources, split_holdout, take_fraction
+from declip.data.loader import BatchMaker, make_loader
+from declip.data.sources import BrokenPair
 from declip.errors import InputError, RunStopped, first_line
 from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise
 from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
 from declip.objectives.objective import Objective, build_objective
-from declip.pairs import Data
 from declip.recipe import Recipe
 from declip.training.checkpoint import (
     HEADS_BEST,
@@ -42,6 +40,7 @@ from declip.training.heads import heads_of, start_from
 from declip.training.held_out import HeldOut
 from declip.training.logging import RunLog, cut_metrics, resident_bytes
 from declip.training.optimizer import build_optimizer, learning_rate
+from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tokens
 
 LOG_SECONDS = 0.5
 SAVE_SECONDS = 60.0
@@ -66,8 +65,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
         )
     images = open_images(pairs, recipe.data.cache_gb, recipe.data.broken_limit)
     held_images = open_images(held_pairs, recipe.data.cache_gb, 1.0) if held_pairs else None
-    items = int(caption_ends(pairs)[-1]) if recipe.data.text.pool == "each" else len(pairs)
-    steps = total_steps(recipe, items)
+    steps = total_steps(recipe, epoch_pairs(recipe, pairs))
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
@@ -118,47 +116,6 @@ def interrupts_between_steps() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def open_pairs(data: Data) -> tuple[Source, Source | None]:
-    """The training pairs and the held-out pairs of a recipe."""
-    if not data.train:
-        raise InputError(
-            "There is nothing to train on: say data.train=FILE (parquet or a caption table beside images)."
-        )
-    # With weights every source keeps pairs of its own, and is split by itself.
-    named = [[spec] for spec in data.train] if data.weights else [data.train]
-    parts: list[Source] = [open_sources(specs, data) for specs in named]
-    held: Source | None = None
-    if data.validation:
-        held = open_sources(data.validation, data)
-    elif data.holdout:
-        splits = [split_holdout(part, data.holdout, seed=0) for part in parts]
-        parts, held = [kept for kept, _ in splits], joined([out for _, out in splits])
-    if data.fraction < 1:
-        parts = [take_fraction(part, data.fraction, data.fraction_seed) for part in parts]
-    pairs = joined(parts)
-    return pairs, held if held is not None and len(held) > 1 else None
-
-
-def joined(sources: Sequence[Source]) -> Source:
-    """One source out of several."""
-    return sources[0] if len(sources) == 1 else Concatenation(sources)
-
-
-def used_tokens(recipe: Recipe, pairs: Source, tokenizer: CaptionTokenizer) -> Tensor | None:
-    """The token ids that occur in the training captions, where a term of the recipe asks for them."""
-    term = recipe.terms.masked_language
-    if term is None or term.vocabulary == "all":
-        return None
-    captions = (caption for index in range(len(pairs)) for caption in pairs.captions(index))
-    return torch.tensor(sorted({token for caption in captions for token in tokenizer.encode(caption)}))
-
-
-def total_steps(recipe: Recipe, pairs: int) -> int:
-    """Length of the run in steps."""
-    seen = recipe.schedule.pairs_seen or recipe.schedule.epochs * pairs
-    return max(1, round(seen / recipe.schedule.batch_size))
 
 
 def pick_device(name: str) -> torch.device:

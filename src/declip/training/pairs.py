@@ -1,0 +1,61 @@
+"""The pairs of a run: which train, which are held out, how many steps they make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from declip.data.captions import CaptionTokenizer
+from declip.data.loader import caption_ends
+from declip.data.sources import Concatenation, Source, open_sources, split_holdout, take_fraction
+from declip.errors import InputError
+from declip.pairs import Data
+from declip.recipe import Recipe
+
+
+def open_pairs(data: Data) -> tuple[Source, Source | None]:
+    """The training pairs and the held-out pairs of a recipe."""
+    if not data.train:
+        raise InputError(
+            "There is nothing to train on: say data.train=FILE (parquet or a caption table beside images)."
+        )
+    # With weights every source keeps pairs of its own, and is split by itself.
+    named = [[spec] for spec in data.train] if data.weights else [data.train]
+    parts: list[Source] = [open_sources(specs, data) for specs in named]
+    held: Source | None = None
+    if data.validation:
+        held = open_sources(data.validation, data)
+    elif data.holdout:
+        splits = [split_holdout(part, data.holdout, seed=0) for part in parts]
+        parts, held = [kept for kept, _ in splits], joined([out for _, out in splits])
+    if data.fraction < 1:
+        parts = [take_fraction(part, data.fraction, data.fraction_seed) for part in parts]
+    pairs = joined(parts)
+    return pairs, held if held is not None and len(held) > 1 else None
+
+
+def joined(sources: Sequence[Source]) -> Source:
+    """One source out of several."""
+    return sources[0] if len(sources) == 1 else Concatenation(sources)
+
+
+def used_tokens(recipe: Recipe, pairs: Source, tokenizer: CaptionTokenizer) -> Tensor | None:
+    """The token ids that occur in the training captions, where a term of the recipe asks for them."""
+    term = recipe.terms.masked_language
+    if term is None or term.vocabulary == "all":
+        return None
+    captions = (caption for index in range(len(pairs)) for caption in pairs.captions(index))
+    return torch.tensor(sorted({token for caption in captions for token in tokenizer.encode(caption)}))
+
+
+def epoch_pairs(recipe: Recipe, pairs: Source) -> int:
+    """Pairs of an epoch; with ``data.text.pool=each`` every caption is one."""
+    return int(caption_ends(pairs)[-1]) if recipe.data.text.pool == "each" else len(pairs)
+
+
+def total_steps(recipe: Recipe, pairs: int) -> int:
+    """Length of the run in steps; pairs: of an epoch."""
+    seen = recipe.schedule.pairs_seen or recipe.schedule.epochs * pairs
+    return max(1, round(seen / recipe.schedule.batch_size))
