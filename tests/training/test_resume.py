@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from declip.cli import main
+from declip.data.loader import BatchMaker
 from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
-from declip.recipe import Recipe
+from declip.recipe import Recipe, to_toml
 from declip.training import loop
 from declip.training.logging import RunLog, cut_metrics, read_metrics
 from declip.training.loop import train
@@ -126,6 +129,31 @@ def test_killed_run_goes_on_from_the_last_checkpoint(
         file.write('{"step": 8, "pai')
     train(recipe, killed, resume=True, quiet=True)
     assert_same_end(killed, tmp_path / "whole")
+
+
+def test_a_loader_process_that_is_killed(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence, exit code 1, the state saved; the resumed run ends like an undisturbed one."""
+    recipe = tiny("declip", "data.workers=1")
+    train(recipe, tmp_path / "undisturbed")
+    make, trainer = BatchMaker.make, os.getpid()
+
+    def dying(self: BatchMaker, number: int) -> Any:
+        if number == 5 and os.getpid() != trainer:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return make(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchMaker, "make", dying)
+        capsys.readouterr()
+        (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+        assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("declip: ")]
+    assert len(said) == 1
+    assert re.search(r"A loader process has died: .* The run is saved at step \d+ of 8; .* --resume", said[0])
+    train(recipe, tmp_path / "run", resume=True)
+    assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_finished_run_resumed_is_finished(tiny: MakeRecipe, tmp_path: Path) -> None:

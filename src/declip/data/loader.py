@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
 
@@ -208,7 +211,8 @@ def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iter
         worker_init_fn=_quiet_worker if workers else None,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
-    batches = iter(loader)
+    with _deaths_between_steps():
+        batches = iter(loader)
     while True:
         try:
             batch = next(batches)
@@ -217,7 +221,7 @@ def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iter
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            # Killed from outside, mostly for memory; PyTorch's sentence names the process and the signal.
+            # Killed from outside, mostly for memory.
             raise RunStopped(
                 f"A loader process has died: {first_line(error)}. Where memory ran out, lower data.workers."
             ) from None
@@ -226,8 +230,20 @@ def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iter
         yield batch
 
 
-def _quiet_worker(_: int) -> None:
-    import signal
+@contextlib.contextmanager
+def _deaths_between_steps() -> Iterator[None]:
+    """Keep PyTorch from raising a worker's death wherever the training process is, say in the middle of a step.
 
+    The loader notices it too, within seconds, when it waits for a batch.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to handle
     torch.set_num_threads(1)
