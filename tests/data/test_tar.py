@@ -184,3 +184,47 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     with get_context("fork").Pool(2) as pool:
         assert pool.map(_count, [path] * 6) == [200] * 6
     assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index"]
+
+
+def with_header(path: Path, start: int, field: bytes) -> Path:
+    """The first header changed from byte `start` on, its checksum made right again."""
+    data = bytearray(path.read_bytes())
+    data[start : start + len(field)] = field
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"+0000000100\0", b"0x000000010\0", b"\xff" * 12, b"77777777777\0"])
+def test_a_size_that_is_none_ends_the_reading(tmp_path: Path, size: bytes) -> None:
+    source = opened(with_header(shard(tmp_path / "a.tar"), 124, size))
+    assert len(source) == 0
+    assert source.problems
+
+
+@given(st.binary(min_size=1, max_size=12), st.sampled_from([100, 124, 136, 156, 257, 345]))
+@settings(max_examples=100, deadline=None)
+def test_headers_of_any_content(field: bytes, start: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        source = opened(with_header(shard(Path(folder) / "a.tar"), start, field))
+        assert len(source) <= 6  # a new name takes the image from its caption
+
+
+@pytest.mark.parametrize(
+    "record", ["11 size=²\n".encode(), b"9" * 5000 + b" size=1\n", b"0 path=x\n", b"12 size=-512\n"], ids=range(4)
+)
+def test_pax_records_that_say_nothing(tmp_path: Path, record: bytes) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, kind, data in (("pax", b"x", record), ("a.jpg", b"0", b"A"), ("a.txt", b"0", b"a")):
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(data), kind
+            tar.addfile(info, io.BytesIO(data))
+    assert opened(path)[0].captions == ("a",)
+
+
+def test_only_members_that_follow_one_another_belong_together(tmp_path: Path) -> None:
+    members = [("a.jpg", b"A"), ("b.bin", b"x"), ("a.txt", b"a"), ("a.bin", b"x"), ("a.cls", b"cat")]
+    source = opened(write_tar(tmp_path / "a.tar", members))
+    assert [(source.key(i), source.captions(i)) for i in range(len(source))] == [("a", ()), ("a", ("a",))]

@@ -20,7 +20,9 @@ CAPTIONS = frozenset(["txt", "text", "caption"])
 VERSION = b"1"
 _BLOCK = 512
 _SHOWN = 3  # names in a message
-_PAX = re.compile(rb"(\d+) ([^=]+)=")
+_PAX = re.compile(rb"(\d{1,19}) ([^=]+)=")
+
+_SIZE = re.compile(r"[0-9]{1,19}")
 
 # What a pair's members are; of each kind the index has where it begins (-1: there is none) and its size in bytes.
 ROLES = ("image", "text", "json", "label")
@@ -98,7 +100,10 @@ def _number(field: bytes) -> int:
     """A number field: octal digits, or GNU's base 256."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
+    digits = field.strip(b" \0") or b"0"
+    if not digits.isdigit():  # int() would take a sign, and a negative size would lead back to this header for ever
+        raise ValueError(f"{digits!r} is no octal number")
+    return int(digits, 8)
 
 
 def _name(header: bytes, long_name: bytes | None, pax: dict[str, str]) -> str:
@@ -115,11 +120,13 @@ def _pax(data: bytes) -> dict[str, str]:
     found, at = {}, 0
     while match := _PAX.match(data, at):
         end = at + int(match[1])
-        found[match[2].decode("utf-8", "replace")] = data[match.end() : end - 1].decode("utf-8", "replace")
-        if end <= at:
+        if end <= match.end():  # a record that ends before its value
             break
+        name, value = match[2], data[match.end() : end - 1].decode("utf-8", "replace")
+        if name == b"path" or (name == b"size" and _SIZE.fullmatch(value)):
+            found[name.decode()] = value
         at = end
-    return {name: value for name, value in found.items() if name == "path" or (name == "size" and value.isdigit())}
+    return found
 
 
 def make_index(path: Path) -> tuple[pa.Table, list[str]]:
@@ -137,18 +144,20 @@ def make_index(path: Path) -> tuple[pa.Table, list[str]]:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if data[:2] == b"\x1f\x8b" or data[:4] == b"\x28\xb5\x2f\xfd":
                     raise InputError(f"{path} is compressed, and cannot be read at random: unpack it to a plain tar.")
-                key = None
+                key, started = None, False
                 for member in read_members(data, problems):
                     named = _split(member.name, problems)
                     if named is None:
                         continue
                     role = _role(named[1])
+                    if named[0] != key:
+                        key, started = named[0], False
                     if role is None:
                         continue
-                    if named[0] != key:
-                        key = named[0]
+                    if not started:
+                        started = True
                         for name, column in columns.items():
-                            column.append(key if name == "key" else -1)
+                            column.append(named[0] if name == "key" else -1)
                     columns[f"{role}_at"][-1], columns[f"{role}_size"][-1] = member.at, member.size
     except OSError as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}.") from None
