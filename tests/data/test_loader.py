@@ -352,9 +352,30 @@ def test_a_killed_worker_is_said_and_does_not_hang(tiny: MakeRecipe) -> None:
     (worker,) = multiprocessing.active_children()
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(RunStopped, match=r"^A loader process has died: .*exited unexpectedly.*lower data\.workers"):
+    with pytest.raises(RunStopped, match=r"^A loader process has died: .*lower data\.workers"):
         for _ in loader:
             pass
+
+
+@pytest.mark.parametrize("raised", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket")])
+def test_a_worker_killed_while_its_batch_is_fetched(
+    tiny: MakeRecipe, monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    def fetch(_: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", fetch)
+    with pytest.raises(RunStopped, match=r"^A loader process has died: "):
+        next(make_loader(maker(tiny("clip")), 0, 2, 1))
+
+
+def test_what_a_worker_raises_is_no_death(tiny: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Any:
+        raise FileNotFoundError("a bug in a worker")
+
+    monkeypatch.setattr(BatchMaker, "make", fail)
+    with pytest.raises(FileNotFoundError, match="a bug in a worker"):
+        next(make_loader(maker(tiny("clip")), 0, 2, 1))
 
 
 @given(data=st.data())

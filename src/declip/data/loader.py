@@ -218,8 +218,11 @@ def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iter
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            # A worker that dies while its batch is fetched shows as a broken connection; what a worker raises itself
+            # comes with its traceback as the message.
+            own = isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)
+            if not workers or own or "Caught " in str(error):
                 raise
             # Killed from outside, mostly for memory.
             raise RunStopped(
