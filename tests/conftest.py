@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from declip.data.sources import Source
 from declip.recipe import Recipe, load_recipe
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -54,6 +55,23 @@ def pair(number: int) -> dict[str, Any]:
 def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
+
+
+def parquet(path: Path, **columns: Any) -> str:
+    pq.write_table(pa.table(columns), path, row_group_size=2)
+    return str(path)
+
+
+def numbered(path: Path, count: int, first: int = 0) -> str:
+    """A parquet file of pairs with keys k0, k1, …"""
+    numbers = range(first, first + count)
+    return parquet(
+        path, key=[f"k{n}" for n in numbers], image=[b"%d" % n for n in numbers], caption=[f"text {n}" for n in numbers]
+    )
+
+
+def keys(source: Source) -> list[str]:
+    return [source.key(i) for i in range(len(source))]
 
 
 @pytest.fixture

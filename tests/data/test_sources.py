@@ -5,37 +5,17 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from conftest import keys, numbered, parquet
 
-from declip.data.sources import BrokenPair, Pair, Source, open_sources, split_holdout, take_fraction
+from declip.data.sources import BrokenPair, Pair, open_sources
 from declip.errors import InputError
 from declip.pairs import Data
 
 FOUND = Data()
-
-
-def parquet(path: Path, **columns: Any) -> str:
-    pq.write_table(pa.table(columns), path, row_group_size=2)
-    return str(path)
-
-
-def numbered(path: Path, count: int, first: int = 0) -> str:
-    """A parquet file of pairs with keys k0, k1, …"""
-    numbers = range(first, first + count)
-    return parquet(
-        path, key=[f"k{n}" for n in numbers], image=[b"%d" % n for n in numbers], caption=[f"text {n}" for n in numbers]
-    )
-
-
-def keys(source: Source) -> list[str]:
-    return [source.key(i) for i in range(len(source))]
 
 
 @pytest.fixture
@@ -394,76 +374,3 @@ def test_concatenation(tmp_path: Path, pets: Path) -> None:
     for outside in (7, -8):
         with pytest.raises(IndexError):
             source[outside]
-
-
-@pytest.mark.parametrize("kind", ["table", "subset"])
-def test_positions(tmp_path: Path, kind: str) -> None:
-    source: Source = open_sources([numbered(tmp_path / "a.parquet", 5)], FOUND)
-    if kind == "subset":
-        source, _ = split_holdout(source, 0, 0)
-    assert source[-1] == source[4] == source[np.int64(4)]  # type: ignore[index]
-    for outside in (5, -6):
-        for access in (source.__getitem__, source.captions, source.key):
-            with pytest.raises(IndexError):
-                access(outside)
-
-
-def test_sources_survive_pickling(tmp_path: Path) -> None:
-    source = open_sources([numbered(tmp_path / "a.parquet", 40), "demo:noto"], FOUND)
-    train, _ = split_holdout(source, 0.5, 0)
-    again = pickle.loads(pickle.dumps(train))
-    assert len(again) == len(train)
-    assert again[3] == train[3]
-
-
-def test_holdout_is_a_deterministic_partition(tmp_path: Path) -> None:
-    source = open_sources([numbered(tmp_path / "a.parquet", 200)], FOUND)
-    train, held = split_holdout(source, 0.1, 5)
-    assert (len(train), len(held)) == (180, 20)
-    assert sorted(keys(train) + keys(held)) == sorted(keys(source))
-    assert keys(split_holdout(source, 0.1, 5)[1]) == keys(held)
-    assert keys(split_holdout(source, 0.1, 6)[1]) != keys(held)
-    assert set(keys(held)) < set(keys(split_holdout(source, 0.2, 5)[1]))
-    assert held[0] == source[int(held.indices[0])]
-    assert held.captions(0) == held[0].captions
-
-
-def test_holdout_goes_by_key_and_not_by_order(tmp_path: Path) -> None:
-    parts = [numbered(tmp_path / "a.parquet", 50), numbered(tmp_path / "b.parquet", 50, first=50)]
-    forwards, backwards = (split_holdout(open_sources(specs, FOUND), 0.2, 0)[1] for specs in (parts, parts[::-1]))
-    assert set(keys(forwards)) == set(keys(backwards))
-    train, held = split_holdout(open_sources([parts[0], parts[0]], FOUND), 0.2, 0)
-    assert not set(keys(train)) & set(keys(held))
-
-
-def test_holdout_of_little(tmp_path: Path) -> None:
-    two = open_sources([numbered(tmp_path / "a.parquet", 2)], FOUND)
-    assert [len(part) for part in split_holdout(two, 0.01, 0)] == [1, 1]
-    assert [len(part) for part in split_holdout(two, 0, 0)] == [2, 0]
-    one = open_sources([numbered(tmp_path / "b.parquet", 1)], FOUND)
-    with pytest.raises(InputError, match="too few pairs"):
-        split_holdout(one, 0.1, 0)
-
-
-def test_holdout_is_the_same_everywhere(tmp_path: Path) -> None:
-    """A run that is resumed elsewhere, or after an update, must hold out the same pairs."""
-    source = open_sources([numbered(tmp_path / "a.parquet", 20)], FOUND)
-    assert split_holdout(source, 0.2, 0)[1].indices.tolist() == [7, 10, 14, 17]
-
-
-def test_fractions_are_nested(tmp_path: Path) -> None:
-    source = open_sources([numbered(tmp_path / "a.parquet", 200)], FOUND)
-    parts = [take_fraction(source, fraction, 1) for fraction in (0.001, 0.25, 0.5, 1.0)]
-    assert [len(part) for part in parts] == [1, 50, 100, 200]
-    for smaller, larger in pairwise(parts):
-        assert set(keys(smaller)) < set(keys(larger))
-    assert keys(parts[1]) == sorted(keys(parts[1]), key=lambda key: int(key[1:]))
-    assert keys(take_fraction(source, 0.25, 1)) == keys(parts[1])
-    assert keys(take_fraction(source, 0.25, 2)) != keys(parts[1])
-
-
-def test_fraction_and_holdout_are_independent(tmp_path: Path) -> None:
-    source = open_sources([numbered(tmp_path / "a.parquet", 400)], FOUND)
-    held = set(keys(split_holdout(source, 0.5, 0)[1]))
-    both = held & set(keys(take_fraction(source, 0.5, 0)))
-    assert 70 < len(both) < 130
