@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(str(error))
     except RunStopped as error:
-        print(f"declip: {error}", file=sys.stderr)
-        return STOPPED
+        return _fail(str(error), STOPPED)
     except KeyboardInterrupt:
         print("declip: interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -62,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _fail(sentence: str) -> int:
+def _fail(sentence: str, code: int = WRONG_INPUT) -> int:
     print(f"declip: {sentence}", file=sys.stderr)
-    return WRONG_INPUT
+    return code
 
 
 def _write_utf8() -> None:

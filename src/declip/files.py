@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write to a temporary name beside `path`, then rename: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_atomically(path: Path, write: Callable[[Path], object], several: bool = False) -> None:
+    """Write to a temporary name beside `path`, then rename: a reader never sees half a file.
+
+    several: processes may write the file at once, so each has a temporary name of its own.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if several else f".{path.name}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from declip.data import decode
-from declip.data.decode import Pixels, decode_image
+from declip.data.decode import Pixels, count_pixels, decode_image
 
 
 def picture(height: int, width: int) -> Pixels:
@@ -101,6 +101,14 @@ def huge_png(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 100)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize("side", [12_000, 60_000])
+def test_pixels_are_counted_by_the_header(side: int) -> None:
+    assert count_pixels(encoded(Image.new("RGB", (7, 3)))) == 21
+    for data in (huge_png(side, side), b"no image"):
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            count_pixels(data)
 
 
 def test_first_frame_of_an_animation_and_contents_before_names() -> None:

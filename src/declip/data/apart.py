@@ -58,8 +58,11 @@ class Apart:
 
 def text_hash(text: str) -> int:
     """A caption as a number below 2⁶³, the same for captions that differ in case and white space only."""
-    digest = hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return _hash(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"))
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1
 
 
 class CaptionFeatures:
@@ -76,15 +79,14 @@ class ImageFeatures:
     """The encoded image of a pair as a number, for `Apart`; every image is read once, at the start."""
 
     def __init__(self, source: Source) -> None:
-        self.hashes = np.array([self._hash(source, index) for index in range(len(source))], np.int64)
+        self.hashes = np.array([self._of(source, index) for index in range(len(source))], np.int64)
 
     def __call__(self, index: int) -> list[int]:
         return [int(self.hashes[index])]
 
     @staticmethod
-    def _hash(source: Source, index: int) -> int:
+    def _of(source: Source, index: int) -> int:
         try:
-            data = source[index].image
+            return _hash(source[index].image)
         except BrokenPair:
             return -1 - index
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1

@@ -20,7 +20,6 @@ class Batch:
     sample_ids: int64 [batch], which pair each row is
     broken: the pairs that could not be read and were replaced, as (id, where, reason)
     caption_ids: int64 [text views, batch], equal where two rows show the same caption; None where no term asks
-    augmentations: float32 [image views, batch, parameters], what is still to be done to the images on the device
     """
 
     images: Tensor
@@ -30,7 +29,6 @@ class Batch:
     sample_ids: Tensor
     broken: tuple[tuple[int, str, str], ...] = ()
     caption_ids: Tensor | None = None
-    augmentations: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,9 @@ MOST_PIXELS = 2**27
 
 _ORIENTATION = 0x0112  # EXIF's tag
 
+# Pillow warns of what is damaged or large; here it is an error or does no harm. Once for all, as threads decode too.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 def decode_image(data: bytes) -> Pixels:
     """Decode an image file's bytes to RGB ``[height, width, 3]``.
@@ -24,17 +29,27 @@ def decode_image(data: bytes) -> Pixels:
     EXIF orientation says. Raises ValueError where the bytes are no image, a broken or truncated one, or one of more
     than MOST_PIXELS, which would fill the memory.
     """
+    with _opened(data) as image:
+        image.load()
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            return np.array(as_rgb(ImageOps.exif_transpose(image)))
+        return np.array(as_rgb(image))
+
+
+def count_pixels(data: bytes) -> int:
+    """How many pixels an image file has, by its header; raises ValueError as `decode_image` does."""
+    with _opened(data) as image:
+        return image.width * image.height
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """An image of which only the header is read; whatever goes wrong with it is a ValueError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own about large images; ours is an error
-            image = Image.open(io.BytesIO(data))
-        with image:
+        with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
-            image.load()
-            if image.getexif().get(_ORIENTATION, 1) != 1:
-                return np.array(as_rgb(ImageOps.exif_transpose(image)))
-            return np.array(as_rgb(image))
+            yield image
     except Exception as error:  # on broken bytes PIL's readers raise anything from OSError to struct.error
         raise ValueError(f"the image cannot be decoded: {error}") from error
 

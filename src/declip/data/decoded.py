@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from declip.data.decode import Pixels, decode_image
+from declip.data.decode import Pixels, count_pixels, decode_image
 from declip.data.images import random_view
 from declip.data.sources import BrokenPair, Source
 from declip.errors import InputError
@@ -23,6 +23,11 @@ class Images:
 
     source: Source
     kept: list[np.ndarray | BrokenPair] | None
+
+    @cached_property
+    def caption_ends(self) -> np.ndarray:
+        """Where the captions of each pair end when all are counted one after the other: int64 [pairs]."""
+        return np.cumsum([len(self.source.captions(index)) for index in range(len(self.source))])
 
     def get(self, index: int) -> np.ndarray:
         """uint8 [height, width, 3]; raises BrokenPair."""
@@ -75,13 +80,10 @@ def _try_decode(source: Source, index: int) -> np.ndarray | BrokenPair:
 
 def _mean_decoded_bytes(source: Source, samples: int = 64) -> float:
     """Mean size of a decoded image, from the headers of a few spread over the set."""
-    from PIL import Image, UnidentifiedImageError
-
     sizes = []
     for index in np.linspace(0, len(source) - 1, min(samples, len(source))).astype(int):
         try:
-            with Image.open(io.BytesIO(source[int(index)].image)) as image:
-                sizes.append(image.width * image.height * 3)
-        except (BrokenPair, UnidentifiedImageError, OSError):
+            sizes.append(3 * count_pixels(source[int(index)].image))
+        except ValueError:  # BrokenPair is one
             continue
     return float(np.mean(sizes)) if sizes else 0.0

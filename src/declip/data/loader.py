@@ -19,7 +19,7 @@ from declip.data.captions import CaptionTokenizer, Tokenizer, augment, load_syno
 from declip.data.decode import Pixels
 from declip.data.decoded import Images
 from declip.data.order import BatchOrder, Mixture, Order
-from declip.data.sources import BrokenPair, Concatenation, Source
+from declip.data.sources import BrokenPair, Concatenation
 from declip.errors import InputError, RunStopped, first_line
 from declip.recipe import Recipe
 
@@ -51,7 +51,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         self.image_views = [recipe.data.images] * recipe.pair_views
         self.image_views += [strong] * (recipe.image_views - recipe.pair_views)
         self.synonyms = load_synonyms() if "augmented" in self.text_views else {}
-        self.ends = caption_ends(images.source) if recipe.data.text.pool == "each" else None
+        self.ends = images.caption_ends if recipe.data.text.pool == "each" else None
         self.items = len(images.source) if self.ends is None else int(self.ends[-1])
         self.order = self._order()
         batch_size, contrastive = recipe.schedule.batch_size, recipe.terms.contrastive
@@ -88,26 +88,27 @@ class BatchMaker(Dataset[Batch | InputError]):
 
     def make(self, number: int) -> Batch:
         """Batch `number`, all views of it."""
-        recipe, pairs, first = self.recipe, [], number * self.order.batch_size
+        recipe, first = self.recipe, number * self.order.batch_size
+        pairs: list[int] = []
+        captions: list[list[str]] = []
         broken: list[tuple[int, str, str]] = []
         images = np.empty((len(self.image_views), len(self.rows), self.size, self.size, 3), np.uint8)
         items = self.order.batch(number)
         # With pool=each an item is a caption, and the pair is the one that it belongs to.
         indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
         taken = set(indices.tolist())
-        for row, place in enumerate(self.rows):
-            index, views = self._readable(int(indices[place]), first + place, taken, broken)
+        rngs = [np.random.default_rng([recipe.seed, first + place, 1]) for place in self.rows]
+        for row, (place, rng) in enumerate(zip(self.rows, rngs, strict=True)):
+            index, pool, views = self._readable(int(indices[place]), first + place, taken, broken)
             taken.add(index)
             pairs.append(index)
+            captions.append(self._draw(pool, index, int(items[place]), first + place, rng))
             for view, pixels in enumerate(views):
                 images[view, row] = pixels
-        rngs = [np.random.default_rng([recipe.seed, first + place, 1]) for place in self.rows]
-        captions = [
-            self._draw(index, int(items[place]), first + place, rng)
-            for index, place, rng in zip(pairs, self.rows, rngs, strict=True)
-        ]
         tokens, labels = self._texts(captions, rngs)
-        ids = [[text_hash(texts[view]) for texts in captions] for view in range(len(self.text_views))]
+        ids = None
+        if self.wants_caption_ids:
+            ids = torch.tensor([[text_hash(text) for text in texts] for texts in zip(*captions, strict=True)])
         return Batch(
             images=torch.from_numpy(images),
             tokens=torch.from_numpy(tokens),
@@ -115,21 +116,22 @@ class BatchMaker(Dataset[Batch | InputError]):
             labels=None if labels is None else torch.from_numpy(labels),
             sample_ids=torch.tensor(pairs),
             broken=tuple(broken),
-            caption_ids=torch.tensor(ids) if self.wants_caption_ids else None,
+            caption_ids=ids,
         )
 
     def _readable(
         self, index: int, place: int, taken: set[int], broken: list[tuple[int, str, str]]
-    ) -> tuple[int, list[Pixels]]:
-        """The pair itself, or, where it is broken, the next one in storage that is not: its index and its views."""
+    ) -> tuple[int, tuple[str, ...], list[Pixels]]:
+        """The pair itself, or, where it is broken, the next in storage that is not: its index, captions and views."""
         source = self.images.source
         for candidate in chain([index], self._stand_ins(index, taken)):
             try:
-                if not source.captions(candidate):
+                captions = source.captions(candidate)
+                if not captions:
                     raise BrokenPair(source.key(candidate), source.where(candidate), "every caption is empty")
                 # The views are the same whichever candidate it is.
                 rng = np.random.default_rng([self.recipe.seed, place, 0])
-                return candidate, self.images.views(candidate, self.size, self.image_views, rng)
+                return candidate, captions, self.images.views(candidate, self.size, self.image_views, rng)
             except BrokenPair as error:
                 broken.append((candidate, error.where, error.reason))
         raise InputError(f"None of the {len(source)} pairs of {source.name} can be read.")
@@ -165,9 +167,9 @@ class BatchMaker(Dataset[Batch | InputError]):
         padded = [np.pad(t, ((0, 0), (0, longest - t.shape[1])), constant_values=special.pad) for t in views]
         return np.stack(padded), labels
 
-    def _draw(self, index: int, item: int, place: int, rng: np.random.Generator) -> list[str]:
-        """One caption for each text view."""
-        pool, options, count = self.images.source.captions(index), self.recipe.data.text, len(self.text_views)
+    def _draw(self, pool: tuple[str, ...], index: int, item: int, place: int, rng: np.random.Generator) -> list[str]:
+        """One caption of a pair's for each text view."""
+        options, count = self.recipe.data.text, len(self.text_views)
         if options.pool == "first":
             return [pool[0]] * count
         if options.pool == "each" and self.ends is not None:
@@ -181,11 +183,6 @@ class BatchMaker(Dataset[Batch | InputError]):
         # Without replacement as long as the pool lasts: two views of one text say less than two captions.
         order = rng.permutation(len(pool))
         return [pool[order[view % len(pool)]] for view in range(count)]
-
-
-def caption_ends(source: Source) -> np.ndarray:
-    """Where the captions of each pair end when all are counted one after the other: int64 [pairs]."""
-    return np.cumsum([len(source.captions(index)) for index in range(len(source))])
 
 
 class OfItems:

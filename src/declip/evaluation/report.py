@@ -6,7 +6,6 @@ network, can be mailed, and looks the same in ten years.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -25,6 +24,7 @@ from declip.evaluation.report_sections import (
     words,
 )
 from declip.evaluation.report_style import CSS
+from declip.files import write_atomically
 
 __all__ = ["Hit", "ModelResult", "Query", "write_report"]
 
@@ -64,12 +64,7 @@ def write_report(
     page = _page(title, intro, models, queries, facts, commands)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"), several=True)
 
 
 def _page(

@@ -65,7 +65,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
         )
     images = open_images(pairs, recipe.data.cache_gb, recipe.data.broken_limit)
     held_images = open_images(held_pairs, recipe.data.cache_gb, 1.0) if held_pairs else None
-    steps = total_steps(recipe, epoch_pairs(recipe, pairs))
+    steps = total_steps(recipe, epoch_pairs(recipe, images))
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from declip.data.captions import CaptionTokenizer
-from declip.data.loader import caption_ends
-from declip.data.sources import Concatenation, Source, open_sources, split_holdout, take_fraction
+from declip.data.decoded import Images
+from declip.data.sources import Source, joined, open_sources, split_holdout, take_fraction
 from declip.errors import InputError
 from declip.pairs import Data
 from declip.recipe import Recipe
@@ -36,11 +34,6 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
     return pairs, held if held is not None and len(held) > 1 else None
 
 
-def joined(sources: Sequence[Source]) -> Source:
-    """One source out of several."""
-    return sources[0] if len(sources) == 1 else Concatenation(sources)
-
-
 def used_tokens(recipe: Recipe, pairs: Source, tokenizer: CaptionTokenizer) -> Tensor | None:
     """The token ids that occur in the training captions, where a term of the recipe asks for them."""
     term = recipe.terms.masked_language
@@ -50,9 +43,9 @@ def used_tokens(recipe: Recipe, pairs: Source, tokenizer: CaptionTokenizer) -> T
     return torch.tensor(sorted({token for caption in captions for token in tokenizer.encode(caption)}))
 
 
-def epoch_pairs(recipe: Recipe, pairs: Source) -> int:
+def epoch_pairs(recipe: Recipe, images: Images) -> int:
     """Pairs of an epoch; with ``data.text.pool=each`` every caption is one."""
-    return int(caption_ends(pairs)[-1]) if recipe.data.text.pool == "each" else len(pairs)
+    return int(images.caption_ends[-1]) if recipe.data.text.pool == "each" else len(images.source)
 
 
 def total_steps(recipe: Recipe, pairs: int) -> int:

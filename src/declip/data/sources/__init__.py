@@ -1,6 +1,6 @@
 """Sources: sequences of image-text pairs, whatever format they are stored in."""
 
-from declip.data.sources.base import BrokenPair, Concatenation, Pair, Source, Subset
+from declip.data.sources.base import BrokenPair, Concatenation, Pair, Source, Subset, joined
 from declip.data.sources.opening import open_sources
 from declip.data.sources.splits import split_holdout, take_fraction
 
@@ -10,6 +10,7 @@ __all__ = [
     "Pair",
     "Source",
     "Subset",
+    "joined",
     "open_sources",
     "split_holdout",
     "take_fraction",

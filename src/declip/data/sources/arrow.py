@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from declip.data.sources.columns import IMAGE_NAMES, find_columns
-from declip.data.sources.table import TableSource
+from declip.data.sources.table import TableSource, table_of
 from declip.errors import InputError, first_line
 from declip.pairs import Data
 
@@ -39,21 +40,15 @@ def open_dataset(spec: str, folder: Path, data: Data, need_captions: bool) -> Ta
         raise InputError(f"{spec} cannot be read as a Hugging Face dataset: {first_line(error)}.") from None
     types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
     columns = find_columns(spec, types, data, IMAGE_NAMES, need_captions=need_captions)
-    label = rows[columns.label] if columns.label else None
+    source = table_of(spec, folder, rows, columns)
     names = _class_names(folder, columns.label)
-    if label is not None and names and pa.types.is_integer(label.type):
-        label = pa.chunked_array(
-            [pa.DictionaryArray.from_arrays(chunk.cast(pa.int32()), pa.array(names)) for chunk in label.chunks]
-        )
-    return TableSource(
-        name=spec,
-        file=spec,
-        folder=folder,
-        image_column=rows[columns.image],
-        caption_columns=[rows[name] for name in columns.captions],
-        label_column=label,
-        key_column=rows[columns.key] if columns.key else None,
-    )
+    if names and pa.types.is_integer(source.label_column.type):
+        chunks = [
+            pa.DictionaryArray.from_arrays(chunk.cast(pa.int32()), pa.array(names))
+            for chunk in source.label_column.chunks
+        ]
+        return replace(source, label_column=pa.chunked_array(chunks))
+    return source
 
 
 def _class_names(folder: Path, label: str | None) -> list[str]:

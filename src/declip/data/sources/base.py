@@ -81,10 +81,9 @@ def clean_captions(texts: Iterable[str | bytes | None]) -> tuple[str, ...]:
     cleaned = []
     for text in texts:
         if isinstance(text, bytes):
+            kept = text[: 4 * LONGEST_CAPTION]  # a character has four bytes at most, and a cut may fall within one
             try:
-                text = text[: 4 * LONGEST_CAPTION].decode(
-                    "utf-8", "strict" if len(text) <= 4 * LONGEST_CAPTION else "ignore"
-                )
+                text = kept.decode("utf-8", "strict" if kept == text else "ignore")
             except UnicodeDecodeError:
                 continue
         if not text:
@@ -144,6 +143,11 @@ class Concatenation:
         i = position(i, len(self))
         which = int(np.searchsorted(self.ends, i, side="right"))
         return self.sources[which], i - int(self.ends[which]) + len(self.sources[which])
+
+
+def joined(sources: Sequence[Source], name: str | None = None) -> Source:
+    """One source out of several; a single one stays as it is."""
+    return sources[0] if len(sources) == 1 else Concatenation(sources, name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

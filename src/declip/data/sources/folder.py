@@ -35,24 +35,18 @@ def open_folder(spec: str, folder: Path, data: Data) -> TableSource:
             f"Folder {folder} holds no pairs: put a captions.csv with the columns filename and caption in it, tar or "
             "parquet files, or a sub-folder of pictures for each class."
         )
-    names = {label: label.replace("_", " ").replace("-", " ").strip() for label in set(labels)}
-    captions = {label: [template.replace("{}", name) for template in data.templates] for label, name in names.items()}
-    dictionary = list(captions)
-    place = {label: number for number, label in enumerate(dictionary)}
+    label_column = pa.array(labels, pa.string()).dictionary_encode()
+    names = [str(label).replace("_", " ").replace("-", " ").strip() for label in label_column.dictionary.to_pylist()]
+    captions = [[template.replace("{}", name) for template in data.templates] for name in names]
+    file_column = pa.array(files, pa.string())
     return TableSource(
         name=spec,
         file=str(folder),
         folder=folder,
-        image_column=pa.array(files, pa.string()),
-        # Each class once: a dictionary column.
-        caption_columns=[
-            pa.DictionaryArray.from_arrays(
-                pa.array([place[label] for label in labels], pa.int32()),
-                pa.array([captions[label] for label in dictionary], pa.list_(pa.string())),
-            )
-        ],
-        label_column=pa.array(labels, pa.string()).dictionary_encode(),
-        key_column=pa.array(files, pa.string()),
+        image_column=file_column,
+        caption_columns=[pa.DictionaryArray.from_arrays(label_column.indices, pa.array(captions))],  # once a class
+        label_column=label_column,
+        key_column=file_column,
     )
 
 

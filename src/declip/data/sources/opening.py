@@ -8,7 +8,7 @@ from pathlib import Path
 
 from declip.data.patterns import expand
 from declip.data.sources.arrow import is_dataset, open_dataset
-from declip.data.sources.base import Concatenation, Source
+from declip.data.sources.base import Source, joined
 from declip.data.sources.folder import open_folder
 from declip.data.sources.parquet import open_parquet
 from declip.data.sources.tar import open_tar
@@ -36,7 +36,7 @@ def open_sources(specs: Sequence[str], data: Data, *, need_captions: bool = True
     if not specs:
         raise InputError(f"No data was given: name {KINDS}.")
     sources = [_open(str(spec), data, need_captions) for spec in specs]
-    return sources[0] if len(sources) == 1 else Concatenation(sources)
+    return joined(sources)
 
 
 def _open(spec: str, data: Data, need_captions: bool) -> Source:
@@ -72,7 +72,7 @@ def _open_files(spec: str, paths: Sequence[Path], data: Data, need_captions: boo
         raise InputError(f"{spec} is of no known kind: give {KINDS}.")
     opened = open_text_table if suffix in TEXT_TABLES else open_parquet
     parts = [opened(spec if len(paths) == 1 else str(path), path, data, need_captions) for path in paths]
-    return parts[0] if len(parts) == 1 else Concatenation(parts, spec)
+    return joined(parts, spec)
 
 
 def _open_folder(spec: str, folder: Path, data: Data, need_captions: bool) -> Source:

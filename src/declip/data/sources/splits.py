@@ -56,7 +56,7 @@ class Without:
         return i + int(np.searchsorted(self._kept_before, i, side="right"))
 
 
-def split_holdout(source: Source, share: float, seed: int) -> tuple[Source, Source]:
+def split_holdout(source: Source, share: float, seed: int) -> tuple[Without, Subset]:
     """Split into (train, held out), a share of the pairs (at least one) held out by the hash of their keys.
 
     Pairs of equal keys stay together, and the split does not depend on the order of the pairs. A share of 0 holds

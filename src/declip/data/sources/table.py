@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip.data.sources.base import BrokenPair, Pair, clean_captions, one_shard, position
+from declip.data.sources.columns import Columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,3 +68,16 @@ class TableSource:
         if not value:
             raise BrokenPair(self.key(i), self.where(i), "its image is empty")
         return bytes(value)
+
+
+def table_of(name: str, folder: Path, rows: Any, columns: Columns) -> TableSource:
+    """The pairs of an Arrow table."""
+    return TableSource(
+        name=name,
+        file=name,
+        folder=folder,
+        image_column=rows[columns.image],
+        caption_columns=[rows[column] for column in columns.captions],
+        label_column=rows[columns.label] if columns.label else None,
+        key_column=rows[columns.key] if columns.key else None,
+    )

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,28 +19,37 @@ from numpy.typing import NDArray
 
 from declip.data.sources.base import BrokenPair, Pair, clean_captions, position
 from declip.data.sources.columns import CAPTION_NAMES, LABEL_NAMES
-from declip.data.sources.tar_index import version, write_index
+from declip.data.sources.tar_index import read_facts, version, write_index
 from declip.errors import InputError, first_line
 from declip.pairs import Data
 
 _OPEN_SHARDS = 128
 
 
+class Indexed(NamedTuple):
+    """A shard with the file of its index, fresh, and what that says."""
+
+    shard: Path
+    file: Path
+    pairs: int
+    problems: list[str]
+
+
 class TarSource:
     """The pairs of one or many tar shards; nothing of a shard is in memory but how many pairs it has."""
 
-    def __init__(self, name: str, paths: Sequence[Path], indices: Sequence[Path], data: Data) -> None:
-        """`indices`: of each shard, the file of its index, fresh."""
-        self.name, self.paths, self.indices, self.data = name, list(paths), list(indices), data
-        facts = [_facts(index) for index in indices]
-        self.shards: NDArray[np.int64] = np.cumsum([0] + [fact["pairs"] for fact in facts], dtype=np.int64)
-        self.problems = [
-            f"{path}: {said}" for path, fact in zip(paths, facts, strict=True) for said in fact["problems"]
-        ]
+    def __init__(self, name: str, indexed: Sequence[Indexed], data: Data) -> None:
+        self.name, self.indexed, self.data = name, list(indexed), data
+        self.shards: NDArray[np.int64] = np.cumsum([0] + [one.pairs for one in indexed], dtype=np.int64)
         self._opened = lru_cache(_OPEN_SHARDS)(self._open)
 
-    def __reduce__(self) -> tuple[type[TarSource], tuple[str, list[Path], list[Path], Data]]:
-        return TarSource, (self.name, self.paths, self.indices, self.data)
+    def __reduce__(self) -> tuple[type[TarSource], tuple[str, list[Indexed], Data]]:
+        return TarSource, (self.name, self.indexed, self.data)
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the shards, a sentence each."""
+        return [f"{one.shard}: {said}" for one in self.indexed for said in one.problems]
 
     def __len__(self) -> int:
         return int(self.shards[-1])
@@ -75,7 +84,7 @@ class TarSource:
         return self._opened(number), i - int(self.shards[number])
 
     def _open(self, number: int) -> _Shard:
-        return _Shard(self.paths[number], self.indices[number])
+        return _Shard(self.indexed[number].shard, self.indexed[number].file)
 
     def _texts(self, shard: _Shard, row: int) -> tuple[tuple[str, ...], str | None]:
         """Captions and label: of the members .txt and .cls, else of the fields of .json."""
@@ -139,19 +148,18 @@ def open_tar(name: str, paths: Sequence[Path], data: Data) -> TarSource:
 
     Raises InputError where a shard cannot be read.
     """
-    places = [_index_places(path, data) for path in paths]
-    stale = [number for number, path in enumerate(paths) if not any(_fresh(path, at) for at in places[number])]
-    jobs = [(paths[number], places[number]) for number in stale]
-    if len(jobs) > 1:
+    places = {path: _index_places(path, data) for path in paths}
+    found = {path: _indexed(path, places[path]) for path in paths}
+    stale = [path for path in found if found[path] is None]
+    if len(stale) > 1:
         if sys.stderr.isatty():
-            print(f"Indexing {len(jobs):,} tar shards of {name} …", file=sys.stderr)
+            print(f"Indexing {len(stale):,} tar shards of {name} …", file=sys.stderr)
         with ProcessPoolExecutor(mp_context=get_context("fork" if sys.platform == "linux" else None)) as pool:
-            list(pool.map(_index, *zip(*jobs, strict=True)))
+            made = list(pool.map(_index, stale, [places[path] for path in stale]))
     else:
-        for job in jobs:
-            _index(*job)
-    indices = [next(at for at in places[number] if _fresh(path, at)) for number, path in enumerate(paths)]
-    source = TarSource(name, paths, indices, data)
+        made = [_index(path, places[path]) for path in stale]
+    found.update(zip(stale, made, strict=True))
+    source = TarSource(name, [one for path in paths if (one := found[path])], data)
     for problem in source.problems:
         print(f"declip: {problem}", file=sys.stderr)
     return source
@@ -165,7 +173,7 @@ def _index_places(path: Path, data: Data) -> list[Path]:
     return [path.with_name(path.name + ".index"), folder / f"{path.name}.{digest}.index"]
 
 
-def _index(path: Path, places: Sequence[Path]) -> None:
+def _index(path: Path, places: Sequence[Path]) -> Indexed:
     """Write a shard's index to the first place that can be written."""
     for place in places:
         try:
@@ -174,28 +182,24 @@ def _index(path: Path, places: Sequence[Path]) -> None:
         except OSError as error:
             failed = error
         else:
-            return
+            facts = read_facts(place)
+            return Indexed(path, place, facts["pairs"], facts["problems"])
     raise InputError(
         f"The index of {path} can be written nowhere ({first_line(failed)}): say data.index_folder=FOLDER."
     ) from None
 
 
-def _fresh(path: Path, index: Path) -> bool:
-    """Whether an index is whole and made of the shard as it is now."""
+def _indexed(path: Path, places: Sequence[Path]) -> Indexed | None:
+    """The index of a shard, whole and made of the shard as it is now; None where there is none."""
     try:
-        return bool(_facts(index)["shard"] == version(path))
-    except FileNotFoundError as error:
-        if not path.exists():
-            raise InputError(f"There is no tar shard {path}.") from error
-        return False
-    except (OSError, ValueError, KeyError, pa.ArrowException):
-        return False
-
-
-def _facts(index: Path) -> dict[str, Any]:
-    """What an index says about itself."""
-    with pa.memory_map(str(index)) as file:
-        facts: dict[str, Any] = json.loads((pa.ipc.open_file(file).schema.metadata or {})[b"declip"])
-    if facts["format"] != "1":
-        raise ValueError(f"{index} is of another format")
-    return facts
+        now = version(path)
+    except FileNotFoundError:
+        raise InputError(f"There is no tar shard {path}.") from None
+    for place in places:
+        try:
+            facts = read_facts(place)
+            if facts["shard"] == now:
+                return Indexed(path, place, facts["pairs"], facts["problems"])
+        except (OSError, ValueError, KeyError, pa.ArrowException):
+            continue
+    return None

@@ -7,21 +7,23 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from declip.errors import InputError, first_line
+from declip.files import write_atomically
 
 IMAGES = frozenset(["jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
 CAPTIONS = frozenset(["txt", "text", "caption"])
-VERSION = b"1"
+FORMAT = 1
 _BLOCK = 512
 _SHOWN = 3  # names in a message
 _PAX = re.compile(rb"(\d{1,19}) ([^=]+)=")
-
 _SIZE = re.compile(r"[0-9]{1,19}")
 
 # What a pair's members are; of each kind the index has where it begins (-1: there is none) and its size in bytes.
@@ -38,6 +40,9 @@ class Member(NamedTuple):
     name: str
     at: int
     size: int
+
+
+_ABSENT = Member("", -1, -1)
 
 
 class Problems:
@@ -144,26 +149,27 @@ def make_index(path: Path) -> tuple[pa.Table, list[str]]:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if data[:2] == b"\x1f\x8b" or data[:4] == b"\x28\xb5\x2f\xfd":
                     raise InputError(f"{path} is compressed, and cannot be read at random: unpack it to a plain tar.")
-                key, started = None, False
-                for member in read_members(data, problems):
-                    named = _split(member.name, problems)
-                    if named is None:
+                for key, members in groupby(_named(data, problems), key=itemgetter(0)):
+                    roles = {role: member for _, extension, member in members if (role := _role(extension))}
+                    if not roles:
                         continue
-                    role = _role(named[1])
-                    if named[0] != key:
-                        key, started = named[0], False
-                    if role is None:
-                        continue
-                    if not started:
-                        started = True
-                        for name, column in columns.items():
-                            column.append(named[0] if name == "key" else -1)
-                    columns[f"{role}_at"][-1], columns[f"{role}_size"][-1] = member.at, member.size
+                    columns["key"].append(key)
+                    for role in ROLES:
+                        _, at, size = roles.get(role, _ABSENT)
+                        columns[f"{role}_at"].append(at)
+                        columns[f"{role}_size"].append(size)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}.") from None
     table = pa.table(columns, schema=SCHEMA)
     _note_partners(table, problems)
     return table, problems.sentences()
+
+
+def _named(data: mmap.mmap, problems: Problems) -> Iterator[tuple[str, str, Member]]:
+    """The members that belong to a pair: its key, the extension, and the member."""
+    for member in read_members(data, problems):
+        if named := _split(member.name, problems):
+            yield *named, member
 
 
 def _split(name: str, problems: Problems) -> tuple[str, str] | None:
@@ -206,13 +212,23 @@ def write_index(path: Path, index: Path) -> None:
     """Index a shard into a file; a reader sees all of it or none."""
     before = version(path)
     table, problems = make_index(path)
-    facts = {"format": VERSION.decode(), "shard": before, "pairs": len(table), "problems": problems}
-    temporary = index.with_name(f"{index.name}.{os.getpid()}.tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink:
-            schema = SCHEMA.with_metadata({"declip": json.dumps(facts)})
-            with pa.ipc.new_file(sink, schema) as writer:
-                writer.write_table(table.combine_chunks())
-        os.replace(temporary, index)
-    finally:
-        temporary.unlink(missing_ok=True)
+    facts = {"format": FORMAT, "shard": before, "pairs": len(table), "problems": problems}
+    schema = SCHEMA.with_metadata({"declip": json.dumps(facts)})
+
+    def write(temporary: Path) -> None:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_table(table.combine_chunks())
+
+    write_atomically(index, write, several=True)
+
+
+def read_facts(index: Path) -> dict[str, Any]:
+    """What an index says about itself: `shard` (its version), `pairs`, `problems`.
+
+    Raises OSError, ValueError, KeyError or ArrowException where it is no whole index of this format.
+    """
+    with pa.memory_map(str(index)) as file:
+        facts: dict[str, Any] = json.loads((pa.ipc.open_file(file).schema.metadata or {})[b"declip"])
+    if facts["format"] != FORMAT:
+        raise ValueError(f"{index} is of another format")
+    return facts
