@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ from PIL import Image, ImageFilter
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from declip.data import colours
+from declip.data import colours, images
 from declip.data.colours import Jitter, Planes
-from declip.data.decode import Pixels
-from declip.data.images import STRONG, WEAK, View, draw_view, eval_view, make_view, random_view
+from declip.data.decode import Pixels, decode_image
+from declip.data.images import STRONG, WEAK, View, draw_view, eval_view, make_view, make_views, random_view
 from declip.pairs import ImageViews
 
 
@@ -278,3 +280,91 @@ def test_identity() -> None:
     np.testing.assert_array_equal(random_view(image, 64, whole, np.random.default_rng(0)), image)
     still = View((0, 0, 64, 64), Jitter(1.0, 1.0, 1.0, 0.0, (3, 2, 1, 0)))
     np.testing.assert_array_equal(make_view(image, 64, still), image)
+
+
+# Views of encoded images
+
+
+def photo(height: int, width: int, kind: str = "JPEG", mode: str = "RGB", **options: object) -> bytes:
+    """An encoded picture that is no sharper than photographs are at their pixels."""
+    image = Image.fromarray(picture(height // 2, width // 2)).resize((width, height), Image.Resampling.BICUBIC)
+    stream = io.BytesIO()
+    image.convert(mode).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def whole_views(data: bytes, size: int, options: list[ImageViews], seed: int) -> tuple[list[View], list[Pixels]]:
+    """The slow way: the views drawn and made of the whole decoded image."""
+    image, rng = decode_image(data), np.random.default_rng(seed)
+    views = [draw_view(image.shape[0], image.shape[1], view, rng) for view in options]
+    return views, [make_view(image, size, view) for view in views]
+
+
+@pytest.mark.parametrize("size", [224, 100, 64])
+@pytest.mark.parametrize("options", [[WEAK], [STRONG, STRONG], []], ids=["weak", "strong", "none"])
+@pytest.mark.parametrize(
+    "data",
+    [photo(300, 400), photo(300, 400, "PNG"), photo(300, 400, mode="CMYK"), photo(300, 400, mode="L", quality=90)],
+    ids=["JPEG", "PNG", "CMYK", "grey"],
+)
+def test_views_of_bytes_are_those_of_the_image(data: bytes, options: list[ImageViews], size: int) -> None:
+    """Exactly where a crop needs all pixels, as it always does at 224."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        views, wanted = whole_views(data, size, options, seed)
+        made = make_views(data, size, options, rng)
+        assert len(made) == len(wanted)
+        reducible = min((side for view in views for side in view.box[2:]), default=0) >= 2 * size
+        for ours, theirs in zip(made, wanted, strict=True):
+            if not reducible:
+                np.testing.assert_array_equal(ours, theirs)
+            assert difference(ours, theirs)[0] < 8  # the crop's edges are rounded to the pixels of the reduced image
+            assert ours.flags.c_contiguous
+        np.testing.assert_array_equal(rng.random(3), after_drawing(300, 400, options, seed))
+
+
+def after_drawing(height: int, width: int, options: list[ImageViews], seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    for view in options:
+        draw_view(height, width, view, rng)
+    return rng.random(3)
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 5, 6, 8])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}], ids=str)
+@pytest.mark.parametrize(("size", "reduction"), [(200, 2), (100, 4), (50, 8)])
+def test_reduced_decoding_moves_nothing(
+    size: int, reduction: int, options: dict[str, Any], orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The view of a reduced image is that of the whole image with the crop's edges rounded to reduced pixels."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    height, width = (474, 650) if orientation == 1 else (480, 656)
+    data = photo(height, width, exif=exif, quality=90, **options)
+    shapes = []
+
+    def reduced_only(image: Pixels, size: int, view: View) -> Pixels:
+        shapes.append(image.shape)
+        return make_view(image, size, view)
+
+    monkeypatch.setattr(images, "make_view", reduced_only)
+    large = ImageViews(crop_scale=(0.85, 1.0), crop_ratio=(0.7, 1.45))
+    image = decode_image(data)
+    for seed in range(4):
+        (view,), _ = whole_views(data, size, [large], seed)
+        (ours,) = make_views(data, size, [large], np.random.default_rng(seed))
+        top, left, height, width = view.box
+        edges = [reduction * round(edge / reduction) for edge in (top, left, top + height, left + width)]
+        assert np.abs(np.subtract(edges, (top, left, top + height, left + width))).max() <= reduction / 2
+        box = (edges[0], edges[1], edges[2] - edges[0], edges[3] - edges[1])
+        mean, _ = difference(ours, make_view(image, size, view._replace(box=box)))
+        assert mean < 2
+    assert {shape[:2] for shape in shapes} == {tuple(-(-side // reduction) for side in image.shape[:2])}
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_truncated_jpegs_have_no_views(progressive: bool) -> None:
+    data = photo(474, 650, progressive=progressive)
+    for share in (0.02, 0.5, 0.95):
+        with pytest.raises(ValueError, match="the image cannot be decoded"):
+            make_views(data[: int(share * len(data))], 64, [WEAK], np.random.default_rng(0))

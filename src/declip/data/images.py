@@ -6,6 +6,7 @@ A view is drawn first (`draw_view`, only random numbers) and then made (`make_vi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from PIL import Image
 from torch.nn import functional
 
 from declip.data.colours import Jitter, Planes, blur, change_colours, grey_of
-from declip.data.decode import Pixels
+from declip.data.decode import ImageFile, Pixels
 from declip.pairs import ImageViews
 
 WEAK = ImageViews()
@@ -73,6 +74,31 @@ def random_view(image: Pixels, size: int, views: ImageViews, rng: np.random.Gene
     All that is random comes from `rng`.
     """
     return make_view(image, size, draw_view(image.shape[0], image.shape[1], views, rng))
+
+
+def make_views(data: bytes, size: int, options: Sequence[ImageViews], rng: np.random.Generator) -> list[Pixels]:
+    """Random views of an image file's bytes, as `random_view` makes them of the decoded image.
+
+    A large JPEG is decoded at the smallest scale at which no crop has to be enlarged that has not been anyway; the
+    edges of the crops are then rounded to this scale's pixels. Raises ValueError as `ImageFile` does.
+    """
+    file = ImageFile(data)
+    views = [draw_view(file.height, file.width, view, rng) for view in options]
+    shortest = min((side for view in views for side in view.box[2:]), default=0)
+    reduction = next(reduction for reduction in (8, 4, 2, 1) if shortest // reduction >= size or reduction == 1)
+    image = file.decode(reduction)
+    reduction = round(file.height / len(image))  # it may have come larger
+    return [make_view(image, size, _reduced(view, reduction)) for view in views]
+
+
+def _reduced(view: View, reduction: int) -> View:
+    """The view of an image of which `reduction` pixels have become one along each axis."""
+    if reduction == 1:
+        return view
+    top, left, height, width = view.box
+    first, start = round(top / reduction), round(left / reduction)
+    last, end = round((top + height) / reduction), round((left + width) / reduction)
+    return view._replace(box=(first, start, last - first, end - start))
 
 
 def draw_view(height: int, width: int, views: ImageViews, rng: np.random.Generator) -> View:
