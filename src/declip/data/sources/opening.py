@@ -11,8 +11,9 @@ from declip.data.sources.arrow import is_dataset, open_dataset
 from declip.data.sources.base import Concatenation, Source
 from declip.data.sources.folder import open_folder
 from declip.data.sources.parquet import open_parquet
+from declip.data.sources.rows import TEXT_TABLES
 from declip.data.sources.tar import open_tar
-from declip.data.sources.text_table import TEXT_TABLES, open_text_table
+from declip.data.sources.text_table import open_text_table
 from declip.errors import InputError
 from declip.pairs import Data
 
