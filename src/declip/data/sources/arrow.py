@@ -93,12 +93,12 @@ def _source(
     types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
     columns = find_columns(spec, types, data, IMAGE_NAMES, need_captions=need_captions)
     source = table_of(spec, folder, rows, columns)
+    label = source.label_column
     feature = features.get(columns.label) if columns.label else None
     names = feature.get("names") if isinstance(feature, dict) else None
-    if source.label_column is not None and isinstance(names, list) and names:
-        if pa.types.is_integer(source.label_column.type):
-            return replace(source, label_column=_named(source.label_column, [str(name) for name in names]))
-    return source
+    if label is None or not pa.types.is_integer(label.type) or not (isinstance(names, list) and names):
+        return source
+    return replace(source, label_column=_named(label, [str(name) for name in names]))
 
 
 def _named(numbers: Any, names: list[str]) -> Any:
