@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from declip.data.sources.base import BrokenPair, Pair, clean_captions, one_shard, position
@@ -24,6 +25,7 @@ class TableSource:
     label_column: Any = None
     key_column: Any = None
     line_column: Any = None  # the line that a pair starts in, where the file is a text table
+    first: int = 0  # the number of the first row in its file, where these are not all of its rows
 
     @property
     def shards(self) -> NDArray[np.int64]:
@@ -37,25 +39,30 @@ class TableSource:
         captions = self.captions(i)
         if self.caption_columns and not captions:
             raise BrokenPair(self.key(i), self.where(i), "it has no caption that is not empty")
-        label = None if self.label_column is None else self.label_column[i].as_py()
-        return Pair(self.key(i), self._image(i), captions, None if label is None else str(label), self.where(i))
+        label = None if self.label_column is None else _name(self.label_column[i])
+        return Pair(self.key(i), self._image(i), captions, label, self.where(i))
 
     def captions(self, i: int, /) -> tuple[str, ...]:
         i = position(i, len(self))
-        values = [column[i].as_py() for column in self.caption_columns]
-        return clean_captions(t for value in values for t in ([value] if isinstance(value, str) else value or ()))
+        values = [_value(column[i]) for column in self.caption_columns]
+        return clean_captions(t for value in values for t in (value if isinstance(value, list) else [value]))
 
     def key(self, i: int, /) -> str:
         i = position(i, len(self))
-        key = None if self.key_column is None else self.key_column[i].as_py()
-        return str(i if key is None else key)
+        key = None if self.key_column is None else _name(self.key_column[i])
+        return str(self.first + i) if key is None else key
 
     def where(self, i: int) -> str:
         """The place of pair i on disk."""
-        return f"{self.file}, " + (f"row {i}" if self.line_column is None else f"line {self.line_column[i].as_py()}")
+        if self.line_column is None:
+            return f"{self.file}, row {self.first + i}"
+        return f"{self.file}, line {self.line_column[i].as_py()}"
 
     def _image(self, i: int) -> bytes:
-        value = self.image_column[i].as_py()
+        try:
+            value = self.image_column[i].as_py()
+        except UnicodeDecodeError:
+            raise BrokenPair(self.key(i), self.where(i), "the path of its image is not UTF-8") from None
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and value:
@@ -67,3 +74,22 @@ class TableSource:
         if not value:
             raise BrokenPair(self.key(i), self.where(i), "its image is empty")
         return bytes(value)
+
+
+def _value(scalar: Any) -> Any:
+    """A string, a list of strings or None; bytes in their place where they are not UTF-8."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if pa.types.is_dictionary(scalar.type):
+            scalar = scalar.value
+        if isinstance(scalar, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+            values: Any = scalar.values
+            return [_value(one) for one in values]
+        return scalar.as_buffer().to_pybytes()
+
+
+def _name(scalar: Any) -> str | None:
+    """A key or the name of a class."""
+    value = _value(scalar)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else None if value is None else str(value)
