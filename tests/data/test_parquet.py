@@ -143,7 +143,7 @@ def test_captions_need_no_images(
     source = opened(storage, write(tmp_path / "a.parquet", rows(7)))
     read: list[str] = []
     unpack = parquet._unpack
-    monkeypatch.setattr(parquet, "_unpack", lambda *args: (read.extend(args[2]), unpack(*args)))
+    monkeypatch.setattr(parquet, "_unpack", lambda *args: (read.extend(args[2]), unpack(*args))[1])
     assert [source.captions(i)[0] for i in range(7)] == [f"text {n}" for n in range(7)]
     assert [source.key(i) for i in range(7)] == [f"k{n}" for n in range(7)]
     assert sorted(set(read)) == ["captions", "key", "label"]

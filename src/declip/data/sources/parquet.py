@@ -24,7 +24,7 @@ from declip.errors import InputError, first_line
 from declip.pairs import Data
 
 IN_MEMORY = 512_000_000
-"""Bytes up to which the needed columns of a set of local files are read into memory."""
+"""Bytes, unpacked, up to which a set of local files is read into memory."""
 _OPEN_GROUPS = 256  # mapped at a time in each process; what is not looked at takes no memory
 _IMAGES, _TEXTS = 128, 1 << 16  # rows that are unpacked at a time
 _BUFFER = 1 << 22  # bytes of a column that are read at a time
@@ -34,13 +34,13 @@ _TRIES = 5  # to map a file of the cache that another process may drop
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What the footer of a file says. rows: of each row group; sizes: bytes of each column."""
+    """What the footer of a file says. rows: of each row group; size: bytes of all columns, unpacked."""
 
     path: str
     version: str
     rows: tuple[int, ...]
     types: dict[str, Any]
-    sizes: dict[str, int]
+    size: int
 
 
 def open_parquet(spec: str, path: Path, data: Data, need_captions: bool) -> ParquetSource:
@@ -75,13 +75,13 @@ def _footer(said: str, path: str, storage: Storage) -> _File:
     with storage.open(path) as opened, _said_as(said), pq.ParquetFile(opened) as file:
         about, schema = file.metadata, file.schema_arrow
         groups = [about.row_group(number) for number in range(about.num_row_groups)]
-        sizes = dict.fromkeys(schema.names, 0)
-        for group in groups:
-            for column in map(group.column, range(group.num_columns)):
-                top = column.path_in_schema.split(".")[0]
-                sizes[top] = sizes.get(top, 0) + column.total_uncompressed_size
+        rows = tuple(group.num_rows for group in groups)
+        if min(rows, default=0) < 0:
+            raise ValueError("a row group of less than no rows")
+        # Of all columns: in a damaged file, asking for a single one's can abort the process (pyarrow 26).
+        size = sum(group.total_byte_size for group in groups)
         types = dict(zip(schema.names, schema.types, strict=True))
-        return _File(path, version, tuple(group.num_rows for group in groups), types, sizes)
+        return _File(path, version, rows, types, size)
 
 
 @contextmanager
@@ -105,8 +105,9 @@ class ParquetSource:
 
     def __init__(self, name: str, files: Sequence[_File], columns: Columns, storage: Storage) -> None:
         self.name, self.files, self.columns, self.storage = name, list(files), columns, storage
-        size = sum(file.sizes.get(column, 0) for file in files for column in columns.names)
-        self.in_memory = size <= IN_MEMORY and not any(is_remote(file.path) for file in files)
+        self.in_memory = sum(file.size for file in files) <= IN_MEMORY and not any(
+            is_remote(file.path) for file in files
+        )
         # Parts: files in memory, else row groups. Of each its file, its number there, its first row there, its length.
         parts = []
         for number, file in enumerate(files):
@@ -164,6 +165,7 @@ class ParquetSource:
         file = self.files[self._parts[part, 0]]
         with _said_as(self._said(file)), pq.ParquetFile(file.path) as opened:
             rows = opened.read(columns=self.columns.names)
+            _check_count(rows.num_rows, int(self._parts[part, 3]))
         self._check_unchanged(file)
         return self._table(part, rows, rows[image])
 
@@ -190,7 +192,7 @@ class ParquetSource:
 
     def _unpacked(self, part: int, names: Sequence[str], *, images: bool) -> pa.Table:
         """Columns of a row group, mapped from the cache."""
-        number, group, _, _ = map(int, self._parts[part])
+        number, group, _, length = map(int, self._parts[part])
         file = self.files[number]
         # The absolute path: two folders may hold files of one name, size and time.
         place = file.path if is_remote(file.path) else str(Path(file.path).resolve())
@@ -201,7 +203,7 @@ class ParquetSource:
             # Images are worth a copy of a remote file; texts alone are not.
             source = self.storage.open(str(self.storage.local(file.path)) if images else file.path)
             with source, _said_as(self._said(file)), pq.ParquetFile(source, buffer_size=_BUFFER) as opened:
-                _unpack(opened, group, names, _IMAGES if images else _TEXTS, path)
+                _check_count(_unpack(opened, group, names, _IMAGES if images else _TEXTS, path), length)
             self._check_unchanged(file)
 
         for _ in range(_TRIES):
@@ -220,14 +222,22 @@ class ParquetSource:
             raise InputError(f"{file.path} has changed since it was opened: start again.")
 
 
-def _unpack(file: pq.ParquetFile, group: int, names: Sequence[str], batch: int, path: Path) -> None:
-    """Write columns of a row group as an Arrow file, `batch` rows at a time."""
+def _unpack(file: pq.ParquetFile, group: int, names: Sequence[str], batch: int, path: Path) -> int:
+    """Write columns of a row group as an Arrow file, `batch` rows at a time. Returns how many rows there were."""
     # The types without dictionaries: an Arrow file cannot hold another one for each batch.
     schema = pa.schema([pa.field(name, _plain(file.schema_arrow.field(name).type)) for name in names])
+    count = 0
     rows = file.iter_batches(batch, row_groups=[group], columns=list(names), use_threads=False)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for some in rows:
             writer.write_table(pa.Table.from_batches([some]).select(list(names)).cast(schema))
+            count += some.num_rows
+    return count
+
+
+def _check_count(found: int, expected: int) -> None:
+    if found != expected:
+        raise ValueError(f"it holds {found:,} rows where it says {expected:,}")
 
 
 def _plain(kind: Any) -> Any:
