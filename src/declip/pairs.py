@@ -94,4 +94,6 @@ class Data(Section):
         None,
         description="folder for indices of shards that lie where nothing can be written (default: the cache folder's)",
     )
+    disk_gb: float = Field(50.0, gt=0, description="copies of remote shards are kept up to this many GB")
+    retries: int = Field(5, ge=0, description="how often a failed read from a remote place is tried again")
     broken_limit: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the pairs is broken")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from declip.data.sources.base import Source, Subset, one_shard
 from declip.data.sources.columns import IMAGE_NAMES, find_columns
 from declip.data.sources.table import TableSource, table_of
+from declip.data.storage import Storage, parent
 from declip.errors import InputError, first_line
 from declip.pairs import Data
 
@@ -51,7 +52,7 @@ def open_dataset(spec: str, folder: Path, data: Data, need_captions: bool) -> So
     info = folder / "dataset_info.json"
     features = _json(info).get("features") if info.is_file() else None
     rows = _mapped(spec, files, "a Hugging Face dataset")
-    table = _source(spec, folder, rows, data, need_captions, features if isinstance(features, dict) else {})
+    table = _source(spec, str(folder), rows, data, need_captions, features if isinstance(features, dict) else {})
     if not (index_files := _file_names(folder, state.get("_indices_files"))):
         return replace(table, opened_by=(open_dataset, (spec, folder, data, need_captions)))
     chosen = _mapped(spec, index_files, "a Hugging Face dataset")
@@ -63,10 +64,10 @@ def open_dataset(spec: str, folder: Path, data: Data, need_captions: bool) -> So
     return Chosen(table, indices)
 
 
-def open_arrow(spec: str, path: Path, data: Data, need_captions: bool) -> TableSource:
+def open_arrow(spec: str, path: str, data: Data, need_captions: bool) -> TableSource:
     """Open an .arrow or .feather file, of the stream or the file format. Raises InputError as ``open_dataset``."""
-    rows = _mapped(spec, [path], "an Arrow file")
-    table = _source(spec, path.parent, rows, data, need_captions, {})
+    rows = _mapped(spec, [Storage.of(data).local(path)], "an Arrow file")
+    table = _source(spec, parent(path), rows, data, need_captions, {})
     return replace(table, opened_by=(open_arrow, (spec, path, data, need_captions)))
 
 
@@ -88,11 +89,11 @@ def _mapped(spec: str, files: Sequence[Path], what: str) -> pa.Table:
 
 
 def _source(
-    spec: str, folder: Path, rows: pa.Table, data: Data, need_captions: bool, features: dict[str, Any]
+    spec: str, folder: str, rows: pa.Table, data: Data, need_captions: bool, features: dict[str, Any]
 ) -> TableSource:
     types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
     columns = find_columns(spec, types, data, IMAGE_NAMES, need_captions=need_captions)
-    source = table_of(spec, folder, rows, columns)
+    source = table_of(spec, folder, Storage.of(data), rows, columns)
     label = source.label_column
     feature = features.get(columns.label) if columns.label else None
     names = feature.get("names") if isinstance(feature, dict) else None

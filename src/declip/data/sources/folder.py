@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from declip.data.sources.base import clean_captions
 from declip.data.sources.table import TableSource
+from declip.data.storage import Storage
 from declip.errors import InputError, first_line
 from declip.pairs import Data
 
@@ -49,7 +50,8 @@ def open_folder(spec: str, folder: Path, data: Data, need_captions: bool) -> Tab
     return TableSource(
         name=spec,
         file=str(folder),
-        folder=folder,
+        folder=str(folder),
+        storage=Storage.of(data),
         image_column=paths,
         caption_columns=[
             pa.chunked_array([captions, *(_repeated(_made_of(name, data), len(inside)) for name, inside in pictures)])

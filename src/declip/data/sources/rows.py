@@ -17,39 +17,40 @@ _LONGEST_FIELD = 2**24  # a quote that is never closed must not read a whole lar
 Row = dict[str, Any]
 
 
-def text_rows(path: Path) -> Generator[tuple[int, Row], None, None]:
+def text_rows(path: Path, name: str) -> Generator[tuple[int, Row], None, None]:
     """The rows of a CSV, TSV or JSONL file, each with the line that it starts in (the first line is 1).
 
-    Raises InputError where a row cannot be read, UnicodeError and OSError where the file cannot.
+    name: of the file, as messages say it. Raises InputError where a row cannot be read, UnicodeError and OSError where
+    the file cannot.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from _json_rows(path, file) if path.suffix.lower() in JSON_LINES else _csv_rows(path, file)
+        yield from _json_rows(name, file) if name.lower().endswith(JSON_LINES) else _csv_rows(name, file)
 
 
-def _json_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
-    array = path.suffix.lower() == ".json"  # the name that a whole array would have, too
+def _json_rows(name: str, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
+    array = name.lower().endswith(".json")  # the name that a whole array would have, too
     for line, text in enumerate(file, 1):
         if not text.strip():
             continue
         if array and text.lstrip().startswith("["):
             raise InputError(
-                f"{path}, line {line} begins a JSON array: write one JSON object a line, as jq -c '.[]' does."
+                f"{name}, line {line} begins a JSON array: write one JSON object a line, as jq -c '.[]' does."
             )
         array = False
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
-            raise InputError(f"{path}, line {line} is not valid JSON: {error}.") from None
+            raise InputError(f"{name}, line {line} is not valid JSON: {error}.") from None
         if not isinstance(row, dict):
-            raise InputError(f'{path}, line {line} is no JSON object: write {{"filename": …, "caption": …}}.')
+            raise InputError(f'{name}, line {line} is no JSON object: write {{"filename": …, "caption": …}}.')
         yield line, row
 
 
-def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
+def _csv_rows(name: str, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
     if csv.field_size_limit() < _LONGEST_FIELD:
         csv.field_size_limit(_LONGEST_FIELD)  # the module's own limit is 128 KB
     # strict: a stray quote is an error, where it would otherwise swallow the rows that follow
-    reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    reader = csv.reader(file, delimiter="\t" if name.lower().endswith(".tsv") else ",", strict=True)
     header: list[str] = []
     line = 1
     try:
@@ -58,7 +59,7 @@ def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
                 header = [field.strip() for field in fields]
             elif fields and len(fields) != len(header):
                 raise InputError(
-                    f"{path}, line {line} has {len(fields)} fields where the header has {len(header)}: "
+                    f"{name}, line {line} has {len(fields)} fields where the header has {len(header)}: "
                     'put a caption that holds the separator in double quotes ("…").'
                 )
             elif fields:
@@ -66,5 +67,5 @@ def _csv_rows(path: Path, file: Iterable[str]) -> Iterator[tuple[int, Row]]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
-            f'{path}, line {line} cannot be read: {error}; inside a quoted field, a quote is written twice ("").'
+            f'{name}, line {line} cannot be read: {error}; inside a quoted field, a quote is written twice ("").'
         ) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from declip.data.sources.base import BrokenPair, Pair, clean_captions, one_shard, position
 from declip.data.sources.columns import Columns, is_list, is_text
+from declip.data.storage import Storage, is_remote, join
 
 
 def plain(scalar: Any) -> Any:
@@ -40,12 +40,14 @@ class TableSource:
 
     name: str
     file: str  # the file that the rows are in, for messages
-    folder: Path  # what relative image paths are relative to
+    folder: str  # what relative image paths are relative to; may be a URL
+    storage: Storage
     image_column: Any  # of bytes, of paths, or of structs {bytes, path} as Hugging Face datasets write them
     caption_columns: list[Any]  # of strings or lists of strings; none at all for labelled images
     label_column: Any = None
     key_column: Any = None
     line_column: Any = None  # the line that a pair starts in, where the file is a text table
+    first: int = 0  # the number of the first row in its file, where these are not all of its rows
     opened_by: tuple[Callable[..., Any], tuple[Any, ...]] | None = None  # how to open it again, where it is mapped
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -77,12 +79,14 @@ class TableSource:
     def key(self, i: int, /) -> str:
         i = position(i, len(self))
         key = None if self.key_column is None else plain(self.key_column[i])
-        return _name(i if key is None else key)
+        return _name(self.first + i if key is None else key)
 
     def where(self, i: int, /) -> str:
         """The place of pair i on disk."""
         i = position(i, len(self))
-        return f"{self.file}, " + (f"row {i}" if self.line_column is None else f"line {self.line_column[i].as_py()}")
+        if self.line_column is None:
+            return f"{self.file}, row {self.first + i}"
+        return f"{self.file}, line {self.line_column[i].as_py()}"
 
     def _image(self, i: int) -> bytes:
         value = plain(self.image_column[i])
@@ -94,8 +98,10 @@ class TableSource:
             is_path = isinstance(value, str) or (value is not None and is_text(self.image_column.type))
         if is_path and value:
             path = os.fsdecode(value)
+            if is_remote(path):
+                raise BrokenPair(self.key(i), self.where(i), f"its image lies at {path}: fetch the images first")
             try:
-                value = (self.folder / path).read_bytes()
+                value = self.storage.read(join(self.folder, path))
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise BrokenPair(self.key(i), self.where(i), f"cannot read image {path}: {reason}") from None
@@ -104,12 +110,13 @@ class TableSource:
         return bytes(value)
 
 
-def table_of(name: str, folder: Path, rows: Any, columns: Columns) -> TableSource:
+def table_of(name: str, folder: str, storage: Storage, rows: Any, columns: Columns) -> TableSource:
     """The pairs of an Arrow table."""
     return TableSource(
         name=name,
         file=name,
         folder=folder,
+        storage=storage,
         image_column=rows[columns.image],
         caption_columns=[rows[column] for column in columns.captions],
         label_column=rows[columns.label] if columns.label else None,

@@ -7,6 +7,7 @@ memory, so that loader processes share it.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -21,10 +22,10 @@ import pyarrow as pa
 from declip.data.sources.base import LONGEST_CAPTION
 from declip.data.sources.columns import FILE_NAMES, Columns, find_columns
 from declip.data.sources.grouping import SCHEMA, Numbers, grouped, name_hash
-from declip.data.sources.index_files import index_facts, index_places, write_first
+from declip.data.sources.index_files import index_facts, write_index
 from declip.data.sources.rows import Row, text_rows
 from declip.data.sources.table import TableSource
-from declip.data.sources.tar_index import version
+from declip.data.storage import Storage, parent
 from declip.errors import InputError
 from declip.pairs import Data
 
@@ -36,62 +37,66 @@ _ROWS, _CHARACTERS = 2**16, 2**26  # of a batch, whichever comes first
 _SAID_EVERY = 2.0  # seconds
 
 
-def open_text_table(spec: str, path: Path, data: Data, need_captions: bool) -> TableSource:
+def open_text_table(name: str, path: str, data: Data, need_captions: bool) -> TableSource:
     """Open a text table: rows of the same file name are one pair, its label and key are those of the first.
 
     A row is known by its line in the file. Raises InputError where a row or the file cannot be read, a column is
     missing, or the index can be written nowhere.
     """
+    storage = Storage.of(data)
+    file = storage.local(path)
     try:
-        with closing(text_rows(path)) as rows:
+        with closing(text_rows(file, path)) as rows:
             first = next(rows, None)
         columns = None
         table = SCHEMA.empty_table()
         if first is not None:
-            columns = find_columns(str(path), dict.fromkeys(first[1]), data, FILE_NAMES, need_captions=need_captions)
-            table = _in_memory(path, columns) if path.stat().st_size <= SMALL else _indexed(path, columns, data)
+            columns = find_columns(path, dict.fromkeys(first[1]), data, FILE_NAMES, need_captions=need_captions)
+            small = file.stat().st_size <= SMALL
+            table = _in_memory(file, path, columns) if small else _indexed(file, path, columns, storage)
     except (UnicodeError, OSError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from None
     named_by_file = columns is None or columns.key in (None, columns.image)
     return TableSource(
-        name=spec,
-        file=str(path),
-        folder=Path(data.image_root).expanduser() if data.image_root else path.parent,
+        name=name,
+        file=path,
+        folder=os.path.expanduser(data.image_root or parent(path)),
+        storage=storage,
         image_column=table["image"],
         caption_columns=[table["captions"]] if columns and columns.captions else [],
         label_column=table["label"],
         key_column=table["image" if named_by_file else "key"],
         line_column=table["line"],
-        opened_by=(open_text_table, (spec, path, data, need_captions)),
+        opened_by=(open_text_table, (name, path, data, need_captions)),
     )
 
 
-def _in_memory(path: Path, columns: Columns) -> pa.Table:
-    read = list(_batches(path, columns))
+def _in_memory(file: Path, path: str, columns: Columns) -> pa.Table:
+    read = list(_batches(file, path, columns))
     batches = [batch for batch, _ in read]
     merged = grouped(batches, np.concatenate([hashes for _, hashes in read]))
     return pa.Table.from_batches(batches if merged is None else merged, SCHEMA)
 
 
-def _indexed(path: Path, columns: Columns, data: Data) -> pa.Table:
+def _indexed(file: Path, path: str, columns: Columns, storage: Storage) -> pa.Table:
     """The table's index, mapped into memory; made first where there is none, or one of a table that has changed."""
-    facts = {"format": _FORMAT, "table": version(path), "columns": asdict(columns)}
-    places = index_places(path, data)
+    facts = {"format": _FORMAT, "table": storage.version(path), "columns": asdict(columns)}
+    places = storage.index_places(path)
     index = next((place for place in places if index_facts(place) == facts), None)
     if index is None:
-        index = write_first(path, places, lambda temporary: _write_index(path, columns, facts, temporary))
+        index = write_index(path, places, lambda temporary: _write(file, path, columns, facts, temporary))
     return pa.ipc.open_file(pa.memory_map(str(index))).read_all()
 
 
-def _write_index(path: Path, columns: Columns, facts: dict[str, Any], index: Path) -> None:
+def _write(file: Path, path: str, columns: Columns, facts: dict[str, Any], index: Path) -> None:
     schema = SCHEMA.with_metadata({"declip": json.dumps(facts)})
     hashes: list[Numbers] = []
     with pa.OSFile(str(index), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch, of_names in _batches(path, columns):
+        for batch, of_names in _batches(file, path, columns):
             writer.write_batch(batch)
             hashes.append(of_names)
-    with pa.memory_map(str(index)) as file:
-        reader = pa.ipc.open_file(file)
+    with pa.memory_map(str(index)) as mapped:
+        reader = pa.ipc.open_file(mapped)
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         merged = grouped(batches, np.concatenate(hashes))
         if merged is None:  # each name is there once: what was written is the index
@@ -106,12 +111,12 @@ def _write_index(path: Path, columns: Columns, facts: dict[str, Any], index: Pat
             again.unlink(missing_ok=True)
 
 
-def _batches(path: Path, columns: Columns) -> Iterator[tuple[pa.RecordBatch, Numbers]]:
+def _batches(file: Path, path: str, columns: Columns) -> Iterator[tuple[pa.RecordBatch, Numbers]]:
     """The rows in batches of SCHEMA, each with the hashes of its file names [rows]."""
     rows: list[tuple[str, list[str], str | None, str, int]] = []
     characters = count = 0
     said = monotonic()
-    for line, row in text_rows(path):
+    for line, row in text_rows(file, path):
         filename = row.get(columns.image)
         if not isinstance(filename, str) or not (filename := filename.strip()):
             raise InputError(f"{path}, line {line}: there is no file name in column {columns.image}.")
@@ -143,7 +148,7 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value).strip() or None
 
 
-def _captions(row: Row, names: Sequence[str], path: Path, line: int) -> list[str]:
+def _captions(row: Row, names: Sequence[str], path: str, line: int) -> list[str]:
     """All captions of a row, each no longer than what is read of it."""
     captions: list[str] = []
     for name in names:
