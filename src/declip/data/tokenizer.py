@@ -76,12 +76,12 @@ class Tokenizer:
         """
         if text.isascii() and text.isprintable() and "&" not in text:
             return self._encode_clean(text[:LONGEST_CAPTION])  # nothing to clean: most captions
-        if len(text) <= _LONGEST_KEPT_CAPTION:
+        if len(text) <= LONGEST_KEPT_CAPTION:
             return list(self._caption(text))
-        return self._encode_clean(_clean(text[:LONGEST_CAPTION]))
+        return self._encode_clean(clean(text[:LONGEST_CAPTION]))
 
     def _encode_any(self, text: str) -> tuple[int, ...]:
-        return tuple(self._encode_clean(_clean(text)))
+        return tuple(self._encode_clean(clean(text)))
 
     def _encode_clean(self, text: str) -> list[int]:
         # No token spans white space, so words can be looked up one by one. Lower case depends on what stands around a
@@ -106,7 +106,7 @@ class Tokenizer:
 
 
 # What is kept of one caption or one word is bounded too: longer ones hardly ever come twice.
-_LONGEST_KEPT_CAPTION = 256
+LONGEST_KEPT_CAPTION = 256
 _LONGEST_KEPT_WORD = 64
 
 _SPELLED = {"<start_of_text>": SOT, "<end_of_text>": EOT}
@@ -124,7 +124,7 @@ _REPLACED = regex.compile(
 )
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """open_clip's cleaning but for white space and lower case: ftfy, then HTML entities, which may be escaped twice."""
     # ftfy takes most of the time. It only replaces the characters above, entities, what it holds for text in a wrong
     # encoding (its own `is_bad` says so) and what is not in normal form C.
