@@ -114,3 +114,35 @@ def test_packaged_synonyms() -> None:
     assert synonyms.get("not a word of English") is None
     assert all(word == word.lower() for word in synonyms)
     assert isinstance(pickle.loads(pickle.dumps(synonyms)), Synonyms)
+
+
+def test_any_mapping_gives_what_the_packaged_kind_gives() -> None:
+    """And neither keeps more than a bounded part of what it was asked for."""
+    lists = {word: "|".join(choices) for word, choices in FEW.items()}
+    views = CaptionViews(insertion=1)
+    kept = Synonyms(lists)
+    ours, theirs = np.random.default_rng(12), np.random.default_rng(12)
+    for number in range(40_000):
+        text = f"the red dog{number}, a (Dog) and {'i' * (number % 40)} face{number}"
+        assert augment(text, kept, views, ours) == augment(text, FEW, views, theirs)
+    assert len(kept._cores) == 2**15
+    assert max(map(len, kept._cores)) <= 24
+    assert ours.random() == theirs.random()
+
+
+def test_insertion_of_zero_draws_nothing() -> None:
+    """The numbers of a run do not depend on an operation that it does not ask for."""
+    ours, theirs = np.random.default_rng(13), np.random.default_rng(13)
+    text = "a red dog runs"
+    for _ in range(200):
+        draw = theirs.random() * 2
+        words = text.split()
+        if draw < 1:
+            one, other = int(theirs.random() * 4), int(theirs.random() * 3)
+            other += other >= one
+            words[one], words[other] = words[other], words[one]
+        else:
+            words = [word for word, one in zip(words, theirs.random(4), strict=True) if one >= 0.5]
+            words = words or [text.split()[int(theirs.random() * 4)]]
+        views = CaptionViews(synonym=0, swap=1, deletion=1, insertion=0, deletion_share=0.5)
+        assert augment(text, FEW, views, ours) == " ".join(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gzip
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from importlib import resources
 
 import numpy as np
@@ -31,14 +31,44 @@ _STOPWORDS = frozenset(
 )
 
 
+class _Cores(dict[str, str]):
+    """A word as it stands in a text to its bare lower-case form, or to "" where that has no synonym or is a stopword.
+
+    What is asked for is kept, within bounds: most words of most texts are few.
+    """
+
+    def __init__(self, known: Container[str]) -> None:
+        super().__init__()
+        self._known = known
+
+    def __missing__(self, word: str) -> str:
+        core = word.strip(_PUNCTUATION).lower()
+        core = core if core in self._known and core not in _STOPWORDS else ""
+        if len(self) < 2**15 and len(word) <= 24:
+            self[word] = core
+        return core
+
+
 class Synonyms(Mapping[str, tuple[str, ...]]):
     """Lower-case word to its synonyms; each word's list is split when it is asked for."""
 
     def __init__(self, lists: dict[str, str]) -> None:
         """`lists`: word to synonyms joined by ``|``."""
         self._lists = lists
+        self._cores = _Cores(lists)
+        self._split = functools.lru_cache(2**13)(self._split_list)  # most texts ask for the same few words
+
+    def __reduce__(self) -> tuple[type[Synonyms], tuple[dict[str, str]]]:
+        return Synonyms, (self._lists,)
+
+    def cores(self, words: list[str]) -> list[str]:
+        """The bare form of each word that has synonyms worth having, "" for each that has none."""
+        return list(map(self._cores.__getitem__, words))
 
     def __getitem__(self, word: str) -> tuple[str, ...]:
+        return self._split(word)
+
+    def _split_list(self, word: str) -> tuple[str, ...]:
         return tuple(self._lists[word].split("|"))
 
     def __contains__(self, word: object) -> bool:
@@ -67,16 +97,17 @@ def augment(text: str, synonyms: Mapping[str, tuple[str, ...]], views: CaptionVi
     Single words are neither swapped nor deleted, a text without words comes back as it is.
     """
     words = text.split()
-    draw = rng.random() * (views.synonym + views.swap + views.deletion + views.insertion)
+    synonym, swap, deletion, insertion = views.synonym, views.swap, views.deletion, views.insertion
+    draw = rng.random() * (synonym + swap + deletion + insertion)
     if not words:
         return text
-    if draw < views.synonym:
+    if draw < synonym:
         words = _replace_word(words, synonyms, rng)
-    elif draw < views.synonym + views.swap:
+    elif draw < synonym + swap:
         words = _swap_words(words, rng)
-    elif draw < views.synonym + views.swap + views.deletion:
+    elif draw < synonym + swap + deletion:
         words = _delete_words(words, views.deletion_share, rng)
-    elif views.insertion > 0:
+    elif insertion > 0:
         words = _insert_word(words, synonyms, rng)
     return " ".join(words)
 
@@ -85,27 +116,30 @@ def _pick(count: int, rng: np.random.Generator) -> int:
     return int(rng.random() * count)  # three times faster than rng.integers
 
 
-def _bare(word: str) -> str:
-    return word.strip(_PUNCTUATION).lower()
+def _words_with_synonyms(words: list[str], synonyms: Mapping[str, tuple[str, ...]]) -> tuple[list[str], list[str]]:
+    """What `Synonyms.cores` gives, and those in it once each, in the order of the text."""
+    cores = synonyms.cores(words) if isinstance(synonyms, Synonyms) else [*map(_Cores(synonyms).__missing__, words)]
+    return cores, list(dict.fromkeys(filter(None, cores)))  # a set would not keep the order
 
 
 def _replace_word(words: list[str], synonyms: Mapping[str, tuple[str, ...]], rng: np.random.Generator) -> list[str]:
     """A random word that has synonyms is replaced by one of them wherever it occurs; stopwords stay."""
-    bare = [_bare(word) for word in words]
-    # A word that occurs twice is one candidate; the dictionary keeps their order, a set would not.
-    candidates = [word for word in dict.fromkeys(bare) if word in synonyms and word not in _STOPWORDS]
+    cores, candidates = _words_with_synonyms(words, synonyms)
     if not candidates:
         return words
     chosen = candidates[_pick(len(candidates), rng)]
     choices = synonyms[chosen]
     synonym = choices[_pick(len(choices), rng)]
-    return [_exchange(word, synonym) if core == chosen else word for word, core in zip(words, bare, strict=True)]
+    at = -1
+    for _ in range(cores.count(chosen)):
+        at = cores.index(chosen, at + 1)
+        words[at] = _exchange(words[at], synonym)
+    return words
 
 
 def _insert_word(words: list[str], synonyms: Mapping[str, tuple[str, ...]], rng: np.random.Generator) -> list[str]:
     """A synonym of a random word that has one comes in at a random place."""
-    bare = [_bare(word) for word in words]
-    candidates = [word for word in dict.fromkeys(bare) if word in synonyms and word not in _STOPWORDS]
+    _, candidates = _words_with_synonyms(words, synonyms)
     if not candidates:
         return words
     choices = synonyms[candidates[_pick(len(candidates), rng)]]
