@@ -59,13 +59,13 @@ def _about_pairs(commands: Any, name: str, run: Any, about: str, example: str) -
 
 def _sources(args: argparse.Namespace) -> tuple[list[str], Data]:
     """What was named, and the options among it."""
-    from declip.recipe import load_recipe
+    from declip.recipe import parse_data
 
     options = [item for item in args.data if item.startswith("data.") and "=" in item]
     specs = [item for item in args.data if item not in options]
     if not specs:
         raise InputError("No data was given: name files or folders of pairs.")
-    return specs, load_recipe("clip", options).data
+    return specs, parse_data(options)
 
 
 def _inspect(args: argparse.Namespace) -> dict[str, Any]:

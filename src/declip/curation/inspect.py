@@ -167,8 +167,12 @@ def print_inspection(result: dict[str, Any], console: Console) -> None:
     table.add_column("What to do", ratio=2)
     styles = {"act": "bold red", "look": "yellow", "fine": "green"}
     for finding in result["findings"]:
+        if finding["severity"] == "fine":
+            continue
         says = Text(finding["says"])
         if finding["examples"]:
             says.append(f"\nfirst: {finding['examples'][0][:200]}", style="dim")
         table.add_row(Text(finding["severity"], styles[finding["severity"]]), says, Text(finding["advice"]))
+    if fine := " ".join(finding["says"] for finding in result["findings"] if finding["severity"] == "fine"):
+        table.add_row(Text("fine", styles["fine"]), Text(fine), "")
     console.print(table)

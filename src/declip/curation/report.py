@@ -125,6 +125,8 @@ def _size(count: int) -> str:
 def _findings(findings: Sequence[Finding]) -> str:
     items = []
     for finding in findings:
+        if finding.severity == "fine":
+            continue
         advice = f'<p class="advice">{_code(finding.advice)}</p>' if finding.advice else ""
         places = "".join(f"<li>{escape(_cut(example))}</li>" for example in finding.examples)
         first = f"<details><summary>The first places</summary><ul>{places}</ul></details>" if places else ""
@@ -132,6 +134,8 @@ def _findings(findings: Sequence[Finding]) -> str:
             f'<li><span class="badge {finding.severity}">{finding.severity}</span>'
             f"<div><p>{escape(finding.says)}</p>{advice}{first}</div></li>"
         )
+    if fine := " ".join(escape(finding.says) for finding in findings if finding.severity == "fine"):
+        items.append(f'<li><span class="badge fine">fine</span><div><p>{fine}</p></div></li>')
     return f'<section><h2>Findings</h2><ul class="card findings spaced">{"".join(items)}</ul></section>'
 
 
