@@ -102,7 +102,7 @@ def main() -> None:
     own = results["copies"]
     print(f"pairs of the set's own {own['images']:,} pictures named: {own['pairs_of_the_set_named']}")
     search = results["search"]
-    print(f"{search['fingerprints']:,} fingerprints searched in {search['seconds']} s: {search['found_percent']} % found")
+    print(f"{search['fingerprints']:,} fingerprints: {search['seconds']} s, {search['found_percent']} % found")
 
 
 if __name__ == "__main__":
