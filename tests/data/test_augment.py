@@ -130,19 +130,24 @@ def test_any_mapping_gives_what_the_packaged_kind_gives() -> None:
     assert ours.random() == theirs.random()
 
 
-def test_insertion_of_zero_draws_nothing() -> None:
-    """The numbers of a run do not depend on an operation that it does not ask for."""
-    ours, theirs = np.random.default_rng(13), np.random.default_rng(13)
-    text = "a red dog runs"
-    for _ in range(200):
-        draw = theirs.random() * 2
-        words = text.split()
-        if draw < 1:
-            one, other = int(theirs.random() * 4), int(theirs.random() * 3)
-            other += other >= one
-            words[one], words[other] = words[other], words[one]
-        else:
-            words = [word for word, one in zip(words, theirs.random(4), strict=True) if one >= 0.5]
-            words = words or [text.split()[int(theirs.random() * 4)]]
-        views = CaptionViews(synonym=0, swap=1, deletion=1, insertion=0, deletion_share=0.5)
-        assert augment(text, FEW, views, ours) == " ".join(words)
+def test_each_word_is_deleted_by_itself() -> None:
+    """Independently, wherever it stands: all eight outcomes of three words have their probabilities."""
+    found = many("a b c", ONLY_DELETION, 20_000)
+    expected = {"a b c": 0.343, "a b": 0.147, "a c": 0.147, "b c": 0.147, "a": 0.072, "b": 0.072, "c": 0.072}
+    assert set(found) == set(expected)
+    for text, share in expected.items():
+        assert abs(found[text] / 20_000 - share) < 0.01, text
+
+
+def test_many_words_are_picked_evenly() -> None:
+    """The sixteen bits of a choice do for captions of thousands of words."""
+    text = " ".join(f"w{number}" for number in range(3000))
+    rng = np.random.default_rng(5)
+    moved: Counter[int] = Counter()
+    for _ in range(3000):
+        words = augment(text, {}, ONLY_SWAP, rng).split()
+        changed = [place for place, word in enumerate(words) if word != f"w{place}"]
+        assert len(changed) == 2
+        moved.update(place // 1000 for place in changed)
+    assert min(moved.values()) > 1850
+    assert max(moved.values()) < 2150
