@@ -138,7 +138,7 @@ class Storage:
 
     def index_places(self, path: str) -> list[Path]:
         """Where an index of a file may be, best first: beside it (if it is local), then in the cache folder."""
-        name = path if is_remote(path) else str(Path(path).resolve())
+        name = path if is_remote(path) else os.path.abspath(path)
         digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
         far = self.folder / f"{_base(path)}.{digest}.index"
         return [far] if is_remote(path) else [Path(path + ".index"), far]

@@ -161,8 +161,10 @@ def open_tar(name: str, paths: Sequence[str], data: Data) -> TarSource:
     Raises InputError where a shard cannot be read.
     """
     storage = Storage.of(data)
-    with ThreadPoolExecutor(_ASKED) as pool:  # remote places are waited for
-        found = dict(zip(paths, pool.map(lambda path: _indexed(path, storage), paths), strict=True))
+    with ThreadPoolExecutor(_ASKED) as pool:
+        # Remote places are waited for; local files are not, and threads would only get in each other's way.
+        ask = pool.map if any(map(is_remote, paths)) else map
+        found = dict(zip(paths, ask(lambda path: _indexed(path, storage), paths), strict=True))
     stale = [path for path in found if found[path] is None]
     if len(stale) > 1:
         if sys.stderr.isatty():
