@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from declip.data.decode import Pixels, count_pixels, decode_image
-from declip.data.images import random_view
+from declip.data.images import View, draw_view, make_view
 from declip.data.sources import BrokenPair, Source
 from declip.errors import InputError
 from declip.pairs import ImageViews
@@ -36,10 +36,16 @@ class Images:
             raise image
         return image
 
-    def views(self, index: int, size: int, options: Sequence[ImageViews], rng: np.random.Generator) -> list[Pixels]:
-        """Random views of an image, each uint8 [size, size, 3]; raises BrokenPair."""
+    def views(
+        self, index: int, size: int, options: Sequence[ImageViews], rng: np.random.Generator, crops_only: bool = False
+    ) -> list[tuple[Pixels, View]]:
+        """Random views of an image, each uint8 [size, size, 3] and how it was drawn; raises BrokenPair.
+
+        crops_only: make no more of a view than its crop.
+        """
         image = self.get(index)
-        return [random_view(image, size, view, rng) for view in options]
+        drawn = [draw_view(image.shape[0], image.shape[1], view, rng) for view in options]
+        return [(make_view(image, size, View(view.box) if crops_only else view), view) for view in drawn]
 
 
 def open_images(source: Source, limit_gb: float, broken_limit: float) -> Images:
