@@ -57,10 +57,9 @@ def augment(crops: Tensor, draws: Tensor) -> Tensor:
 
 def _augment(crops: Tensor, draws: Tensor) -> Tensor:
     """uint8 [batch, size, size, 3] and float32 [batch, DRAWS] on the CPU -> uint8 [batch, size, size, 3]."""
-    device = crops.device
     steps = [draws[:, _ORDER + step] == operation for step in range(4) for operation in range(4)]
-    *jittered, grey, blurred = _rows([*steps, draws[:, _GRAYSCALE] > 0, draws[:, _SIGMA] > 0], device)
-    sent = send(draws, device)
+    *jittered, grey, blurred, flipped = _rows([*steps, *(draws[:, [_GRAYSCALE, _SIGMA, _FLIP]] > 0).T], crops.device)
+    sent = send(draws, crops.device)
     planes = crops.permute(0, 3, 1, 2).float().contiguous()
     for number, rows in enumerate(jittered):
         if len(rows):
@@ -72,8 +71,9 @@ def _augment(crops: Tensor, draws: Tensor) -> Tensor:
     if len(blurred):
         sigmas = draws[:, _SIGMA]
         planes[blurred] = _blur(planes[blurred], sigmas[sigmas > 0].tolist())
-    views = (planes + 0.5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return torch.where(sent[:, _FLIP].view(-1, 1, 1, 1) > 0, views.flip(2), views)
+    if len(flipped):
+        planes[flipped] = planes[flipped].flip(3)
+    return (planes + 0.5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def _rows(masks: list[Tensor], device: torch.device) -> tuple[Tensor, ...]:
@@ -120,7 +120,7 @@ def _hue(planes: Tensor, shift: Tensor) -> Tensor:
     rise = torch.minimum(low + first - following, change).clamp_(min=0)
     fall = torch.maximum(high - first - following, change).clamp_(max=0)
     now.add_(rise).add_(fall)
-    return torch.where(turns % 2 == 1, both - now, now)
+    return torch.lerp(now, both - now, turns % 2)  # one or the other
 
 
 def _move(planes: Tensor, by: Tensor) -> Tensor:
