@@ -25,8 +25,8 @@ from declip.data.images import _GREY, Jitter, View, _blur_matrix
 _ORDER, _GRAYSCALE, _SIGMA, _FLIP = 4, 8, 9, 10
 DRAWS = 11
 _NO_JITTER = Jitter(1.0, 1.0, 1.0, 0.0, (-1, -1, -1, -1))
-# Images are taken through in parts of so many pixels (167 images of 224 x 224), so that the memory for it, a few hundred
-# MB at most, does not grow with the batch. A part is some 300 operations on the device: fewer would be slower.
+# Images are taken through in parts of so many pixels (167 images of 224 x 224), so that the memory for it, some hundred
+# MB, does not grow with the batch. A part is 300 operations on the device, which would mostly wait for small ones.
 _PIXELS_AT_A_TIME = 2**23
 
 
