@@ -79,14 +79,12 @@ def test_same_crop_same_view(views: ImageViews, size: int) -> None:
 
 @pytest.mark.parametrize(("size", "shape"), [(64, (80, 90)), (64, (64, 64)), (96, (150, 130))])
 def test_same_draws_same_view(size: int, shape: tuple[int, int]) -> None:
-    """The crop is rounded here and not in a loader process, and there PIL blurs larger images."""
+    """The same numbers but for a rare rounding of a half."""
     image = picture(*shape)
     views = drawn(STRONG, 200, 2, image)
     levels = apart(on_device(image, size, views), np.stack([make_view(image, size, view) for view in views]))
-    assert levels.mean() < 0.5
-    assert levels.mean(axis=(1, 2, 3)).max() < 1
-    assert (levels > 2).mean() < 1e-3
-    assert levels.max() <= 5
+    assert levels.max() <= 1
+    assert (levels > 0).mean() < 1e-3
 
 
 JITTER = Jitter(1.0, 1.0, 1.0, 0.0, (0, 1, 2, 3))
@@ -219,11 +217,12 @@ def assert_same(one: Batch, other: Batch) -> None:
     assert torch.equal(finish_views(one).images, finish_views(other).images)
 
 
+@pytest.mark.parametrize("cache_gb", [0, 1])
 @pytest.mark.parametrize("method", ["declip", "clip"])
-def test_batches_of_both_paths_are_the_same(tiny: MakeRecipe, method: str) -> None:
-    """With CLIP: views of two kinds, as SLIP has them."""
+def test_batches_of_both_paths_are_the_same(tiny: MakeRecipe, method: str, cache_gb: int) -> None:
+    """With CLIP: views of two kinds, as SLIP has them. Images decoded anew or kept."""
     slip = ["terms.simclr.weight=1", "data.strong_images.flip=0.5", "data.strong_images.jitter=1"]
-    more = slip if method == "clip" else []
+    more = [f"data.cache_gb={cache_gb}", *(slip if method == "clip" else [])]
     for number in (0, 3):
         there = maker(tiny(method, *more)).make(number)
         crop = maker(tiny(method, *more, ON_DEVICE)).make(number)
@@ -233,7 +232,7 @@ def test_batches_of_both_paths_are_the_same(tiny: MakeRecipe, method: str) -> No
         here = finish_views(crop)
         assert here.draws is None
         assert apart(crop.images.numpy(), there.images.numpy()).mean() > 5
-        assert apart(here.images.numpy(), there.images.numpy()).mean() < 0.5
+        assert apart(here.images.numpy(), there.images.numpy()).mean() < 1e-3
         assert torch.equal(here.tokens, there.tokens)
         assert torch.equal(here.sample_ids, there.sample_ids)
         assert finish_views(there) is there

@@ -2,8 +2,7 @@
 
 With ``data.augment_on = "device"`` the loader processes only decode, crop and resize. What `draw_view` has drawn beyond
 the crop travels with the batch as numbers (`pack`), and `finish_views` does it here, in the published order and by the
-arithmetic of images.py. So a view is the same on either path but for rounding: here the crop is rounded too. (Larger
-images are blurred by PIL in a loader process, by whose box blurs it is a level or two away.)
+arithmetic of colours.py. So a view is the same on either path, but where a half is rounded to the other side.
 
 Which images take which operation is read from the draws on the CPU. The device is never asked, so it is never waited
 for, and no image is taken through an operation that it does not get.
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import Batch, send
-from declip.data.images import _GREY, Jitter, View, _blur_matrix
+from declip.data.colours import _GREY, Jitter, _blur_matrix
+from declip.data.images import View
 
 # What a view's numbers are: four strengths and their order as in Jitter, then the rest of View.
 _ORDER, _GRAYSCALE, _SIGMA, _FLIP = 4, 8, 9, 10
@@ -105,7 +105,7 @@ def _grey(planes: Tensor) -> Tensor:
 
 
 def _hue(planes: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of HSV by `shift` of the colour circle, as images.py does; its docstring says why this is right.
+    """Turn the hue of HSV by `shift` of the colour circle, as colours.py does; its docstring says why this is right.
 
     Whole turns by 60 degrees: each moves every channel's value on by one channel and mirrors it between the pixel's
     extremes, so two only move it. Mirroring commutes with turning and can wait for the end.
@@ -139,7 +139,7 @@ _OPERATIONS: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (_brightness, _con
 
 
 def _blur(planes: Tensor, sigmas: list[float]) -> Tensor:
-    """Two matrix products an image, with the matrices that a loader process takes for small images."""
+    """Two matrix products an image, with the matrices of a loader process."""
     size = planes.shape[-1]
     matrices = torch.stack([_blur_matrix_on(planes.device, size, round(sigma * 64)) for sigma in sigmas])[:, None]
     return matrices @ planes @ matrices.mT
@@ -147,4 +147,4 @@ def _blur(planes: Tensor, sigmas: list[float]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _blur_matrix_on(device: torch.device, size: int, sigma_64: int) -> Tensor:
-    return send(torch.from_numpy(_blur_matrix(size, sigma_64)), device)
+    return send(_blur_matrix(size, sigma_64), device)
