@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from declip.data import decode
-from declip.data.decode import Pixels, count_pixels, decode_image
+from declip.data.decode import ImageFile, Pixels, count_pixels, decode_image
 
 
 def picture(height: int, width: int) -> Pixels:
@@ -81,6 +84,82 @@ def test_upright_as_exif_says(orientation: int) -> None:
     ways = {1: transposed, 2: transposed[:, ::-1], 3: transposed[::-1, ::-1], 4: transposed[::-1]}
     turned = {5: transposed, 6: transposed[:, ::-1], 7: transposed[::-1, ::-1], 8: transposed[::-1]}
     np.testing.assert_array_equal(decoded, (ways | turned)[orientation])
+    # A JPEG is turned by its header, whole or reduced.
+    data = encoded(stored, "JPEG", exif=exif, quality=95)
+    np.testing.assert_array_equal(decode_image(data), by_pillow(data))
+    file = ImageFile(data)
+    assert (file.height, file.width) == decoded.shape[:2]
+    half = np.asarray(Image.fromarray(decode_image(data)).reduce(2)).astype(int)
+    assert np.abs(file.decode(2) - half).mean() < 4
+
+
+def by_pillow(data: bytes) -> Pixels:
+    """The slow way of `decode_image`, which it takes where a JPEG is damaged or of a kind of its own."""
+    with mock.patch.object(simplejpeg, "decode_jpeg", side_effect=ValueError):
+        return decode_image(data)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("size", [(48, 64), (37, 53), (1, 1), (7, 200)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"optimize": True}, {"restart_marker_rows": 1}],
+    ids=str,
+)
+def test_jpegs_are_as_pillow_decodes_them(mode: str, size: tuple[int, int], options: dict[str, object]) -> None:
+    data = encoded(Image.fromarray(picture(*size)).convert(mode), "JPEG", quality=90, **options)
+    decoded = decode_image(data)
+    np.testing.assert_array_equal(decoded, by_pillow(data))
+    assert decoded.flags.c_contiguous
+    assert decoded.flags.writeable
+
+
+def test_jpeg_that_stores_rgb() -> None:
+    data = encoded(Image.fromarray(picture(30, 40)), "JPEG", keep_rgb=True)
+    np.testing.assert_array_equal(decode_image(data), by_pillow(data))
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_reduced_jpegs_are_means_of_pixels(reduction: int, progressive: bool) -> None:
+    for height, width in ((96, 128), (89, 131)):
+        data = encoded(Image.fromarray(picture(height, width)), "JPEG", quality=90, progressive=progressive)
+        wanted = np.asarray(Image.fromarray(decode_image(data)).reduce(reduction)).astype(int)
+        reduced = ImageFile(data).decode(reduction)
+        assert reduced.shape == wanted.shape == (-(-height // reduction), -(-width // reduction), 3)
+        assert np.abs(reduced - wanted).mean() < 4
+
+
+def test_what_is_no_plain_jpeg_comes_whole() -> None:
+    image = Image.fromarray(picture(64, 64))
+    for data in (encoded(image), encoded(image.convert("CMYK"), "JPEG")):
+        np.testing.assert_array_equal(ImageFile(data).decode(4), decode_image(data))
+
+
+def test_turned_jpegs_are_reduced_by_what_divides_them() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for width, reduced in ((80, (10, 8)), (84, (21, 16)), (83, (83, 64))):
+        file = ImageFile(encoded(Image.fromarray(picture(64, width)), "JPEG", exif=exif))
+        assert file.decode(8).shape[:2] == reduced
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_damaged_jpegs_are_as_pillow_finds_them(data: st.DataObject) -> None:
+    options = {"progressive": data.draw(st.booleans()), "quality": 90}
+    damaged = bytearray(encoded(Image.fromarray(picture(24, 40)), "JPEG", **options))
+    for _ in range(data.draw(st.integers(0, 3))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    cut = bytes(damaged[: data.draw(st.integers(len(damaged) // 2, len(damaged)))])
+    try:
+        wanted = by_pillow(cut)
+    except ValueError as error:
+        said = re.escape(str(error).split(" object at ")[0])
+        with pytest.raises(ValueError, match=said):
+            decode_image(cut)
+    else:
+        np.testing.assert_array_equal(decode_image(cut), wanted)
 
 
 def test_an_image_too_large_to_decode(monkeypatch: pytest.MonkeyPatch) -> None:

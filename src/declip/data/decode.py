@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 Pixels = NDArray[np.uint8]  # [height, width, 3], RGB
 
@@ -22,22 +23,58 @@ _ORIENTATION = 0x0112  # EXIF's tag
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode_image(data: bytes) -> Pixels:
-    """Decode an image file's bytes to RGB ``[height, width, 3]``.
+class ImageFile:
+    """An image file's bytes, of which no more is decoded at first than its size needs.
 
-    Transparent parts are laid on white, of an animation the first frame counts, and the image stands upright as its
-    EXIF orientation says. Raises ValueError where the bytes are no image, a broken or truncated one, or one of more
-    than MOST_PIXELS, which would fill the memory.
+    Raises ValueError, here or in `decode`, where the bytes are no image, a broken or truncated one, or one of more than
+    MOST_PIXELS, which would fill the memory.
     """
-    with _opened(data) as image:
-        image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            return np.array(as_rgb(ImageOps.exif_transpose(image)))
-        return np.array(as_rgb(image))
+
+    height: int  # of the upright image
+    width: int
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._pixels: Pixels | None = None
+        with _opened(data) as image:
+            if image.format == "JPEG" and image.mode in ("RGB", "L"):
+                self._orientation = _orientation(image)
+                self.height, self.width = image.height, image.width
+                if self._orientation > 4:
+                    self.height, self.width = image.width, image.height
+            else:
+                self._pixels = _decode_by_pillow(image)
+                self.height, self.width = self._pixels.shape[:2]
+
+    def decode(self, reduction: int = 1) -> Pixels:
+        """RGB ``[height, width, 3]``, or a JPEG at 1 / `reduction` (2, 4 or 8) of both, rounded up, in less time.
+
+        Transparent parts are laid on white, of an animation the first frame counts, and the image stands upright as its
+        EXIF orientation says. Where an image cannot be reduced so, it comes larger, up to whole.
+        """
+        if self._pixels is not None:
+            return self._pixels
+        while self._orientation > 1 and (self.height % reduction or self.width % reduction):
+            reduction //= 2  # the last pixel is half outside, and turned it would come first and move all others
+        shape = [-(-side // reduction) for side in (self.height, self.width)]
+        if self._orientation > 4:
+            shape.reverse()
+        try:
+            # A warning is an error here: Pillow, which is the slower one, then decides whether there is an image.
+            pixels = simplejpeg.decode_jpeg(self._data, min_height=shape[0], min_width=shape[1])
+        except ValueError:
+            with _opened(self._data) as image:
+                return _decode_by_pillow(image)
+        return _upright(pixels, self._orientation)
+
+
+def decode_image(data: bytes) -> Pixels:
+    """Decode an image file's bytes to RGB ``[height, width, 3]``, as `ImageFile` says."""
+    return ImageFile(data).decode()
 
 
 def count_pixels(data: bytes) -> int:
-    """How many pixels an image file has, by its header; raises ValueError as `decode_image` does."""
+    """How many pixels an image file has, by its header; raises ValueError as `ImageFile` does."""
     with _opened(data) as image:
         return image.width * image.height
 
@@ -52,6 +89,28 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # on broken bytes PIL's readers raise anything from OSError to struct.error
         raise ValueError(f"the image cannot be decoded: {error}") from error
+
+
+def _decode_by_pillow(image: Image.Image) -> Pixels:
+    image.load()
+    # Only now, as in a PNG file EXIF may follow the pixels.
+    return _upright(np.array(as_rgb(image)), _orientation(image))
+
+
+def _orientation(image: Image.Image) -> int:
+    """How an image is stored, 1 to 8; 1 is upright, and above 4 rows are stored as columns."""
+    orientation = image.getexif().get(_ORIENTATION)
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    if orientation > 4:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
 from declip.data.decode import Pixels, count_pixels, decode_image
-from declip.data.images import random_view
+from declip.data.images import View, draw_view, make_view, make_views
 from declip.data.sources import BrokenPair, Source
 from declip.errors import InputError
 from declip.pairs import ImageViews
+
+Read = TypeVar("Read")
 
 
 @dataclass
@@ -31,15 +34,23 @@ class Images:
 
     def get(self, index: int) -> np.ndarray:
         """uint8 [height, width, 3]; raises BrokenPair."""
-        image = self.kept[index] if self.kept is not None else _decode(self.source, index)
+        image = self.kept[index] if self.kept is not None else _of_pair(self.source, index, decode_image)
         if isinstance(image, BrokenPair):
             raise image
         return image
 
-    def views(self, index: int, size: int, options: Sequence[ImageViews], rng: np.random.Generator) -> list[Pixels]:
-        """Random views of an image, each uint8 [size, size, 3]; raises BrokenPair."""
+    def views(
+        self, index: int, size: int, options: Sequence[ImageViews], rng: np.random.Generator, crops_only: bool = False
+    ) -> list[tuple[Pixels, View]]:
+        """Random views of an image, each uint8 [size, size, 3] and how it was drawn; raises BrokenPair.
+
+        crops_only: make no more of a view than its crop.
+        """
+        if self.kept is None:
+            return _of_pair(self.source, index, lambda data: make_views(data, size, options, rng, crops_only))
         image = self.get(index)
-        return [random_view(image, size, view, rng) for view in options]
+        drawn = [draw_view(image.shape[0], image.shape[1], view, rng) for view in options]
+        return [(make_view(image, size, View(view.box) if crops_only else view), view) for view in drawn]
 
 
 def open_images(source: Source, limit_gb: float, broken_limit: float) -> Images:
@@ -63,17 +74,18 @@ def check_broken(count: int, first: BrokenPair | None, size: int, limit: float) 
         )
 
 
-def _decode(source: Source, index: int) -> np.ndarray:
+def _of_pair(source: Source, index: int, read: Callable[[bytes], Read]) -> Read:
+    """What `read` makes of a pair's image; where this is a ValueError, the pair is broken."""
     pair = source[index]
     try:
-        return decode_image(pair.image)
+        return read(pair.image)
     except ValueError as error:
         raise BrokenPair(pair.key, pair.where, str(error)) from None
 
 
 def _try_decode(source: Source, index: int) -> np.ndarray | BrokenPair:
     try:
-        return _decode(source, index)
+        return _of_pair(source, index, decode_image)
     except BrokenPair as error:
         return error
 

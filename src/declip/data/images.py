@@ -1,24 +1,23 @@
 """Image views: one decoded image in, one augmented ``uint8 [size, size, 3]`` out.
 
-A view is drawn first (`draw_view`, only random numbers) and then made (`make_view`, only pixels). Resizing and colours
-are plain NumPy in float32: for the small images of a small model this is about twice as fast as going through PIL.
+A view is drawn first (`draw_view`, only random numbers) and then made (`make_view`, only pixels).
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
 from itertools import permutations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
+import torch
+from PIL import Image
+from torch.nn import functional
 
-from declip.data.decode import Pixels
+from declip.data.colours import Jitter, Planes, blur, change_colours, grey_of
+from declip.data.decode import ImageFile, Pixels
 from declip.pairs import ImageViews
-
-Planes = NDArray[np.float32]  # [3, height * width], grey levels 0..255
 
 WEAK = ImageViews()
 """A random crop of half to all of the area, nothing else: STANDARD_SLIP, the published view of CLIP."""
@@ -37,22 +36,7 @@ STRONG = ImageViews(
 )
 """MOCOV2, the published view of DeCLIP, DeFILIP and FILIP (Chen et al. 2020, arXiv:2003.04297)."""
 
-_GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as PIL's mode L
 _ORDERS = tuple(permutations(range(4)))
-_BLUR_PASSES = 3  # PIL's Gaussian blur is three box blurs
-# OpenBLAS computes products of up to 64 ** 3 multiplications on one thread. Larger ones would start threads in every
-# loader worker, so larger images are blurred by PIL.
-_LARGEST_PRODUCT = 64
-
-
-class Jitter(NamedTuple):
-    """Colour jitter as drawn: factors around 1, hue as a share of the circle, and the order of the four."""
-
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    order: tuple[int, ...]  # a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
 
 
 class View(NamedTuple):
@@ -90,6 +74,37 @@ def random_view(image: Pixels, size: int, views: ImageViews, rng: np.random.Gene
     All that is random comes from `rng`.
     """
     return make_view(image, size, draw_view(image.shape[0], image.shape[1], views, rng))
+
+
+def make_views(
+    data: bytes, size: int, options: Sequence[ImageViews], rng: np.random.Generator, crops_only: bool = False
+) -> list[tuple[Pixels, View]]:
+    """Random views of an image file's bytes, as `random_view` makes them of the decoded image, and how each was drawn.
+
+    crops_only: make no more of a view than its crop.
+
+    A large JPEG is decoded at the smallest scale at which no crop has to be enlarged that has not been anyway; the
+    edges of the crops are then rounded to this scale's pixels. Raises ValueError as `ImageFile` does.
+    """
+    file = ImageFile(data)
+    views = [draw_view(file.height, file.width, view, rng) for view in options]
+    shortest = min((side for view in views for side in view.box[2:]), default=0)
+    reduction = next(reduction for reduction in (8, 4, 2, 1) if shortest // reduction >= size or reduction == 1)
+    image = file.decode(reduction)
+    reduction = round(file.height / len(image))  # it may have come larger
+    wanted = [View(view.box) for view in views] if crops_only else views
+    made = [make_view(image, size, _reduced(view, reduction)) for view in wanted]
+    return list(zip(made, views, strict=True))
+
+
+def _reduced(view: View, reduction: int) -> View:
+    """The view of an image of which `reduction` pixels have become one along each axis."""
+    if reduction == 1:
+        return view
+    top, left, height, width = view.box
+    first, start = round(top / reduction), round(left / reduction)
+    last, end = round((top + height) / reduction), round((left + width) / reduction)
+    return view._replace(box=(first, start, last - first, end - start))
 
 
 def draw_view(height: int, width: int, views: ImageViews, rng: np.random.Generator) -> View:
@@ -145,24 +160,31 @@ def _draw_jitter(views: ImageViews, draws: list[float]) -> Jitter:
 
 def make_view(image: Pixels, size: int, view: View) -> Pixels:
     """The view of an image that `draw_view` has drawn: ``[size, size, 3]``, contiguous."""
-    top, left, height, width = view.box
-    crop = image[top : top + height, left : left + width]
-    # The flip comes last in the published order; it commutes with all else and costs nothing in the resize.
+    pixels = _resize(image, size, view)
     if view.jitter is None and not view.grayscale and view.sigma is None:
-        levels = _resize(crop, size, view.flip, planar=False)
-        levels += 0.5
-        return levels.astype(np.uint8).reshape(size, size, 3)
-    planes = _resize(crop, size, view.flip, planar=True)
+        return pixels
+    planes = np.empty((3, size * size), np.float32)
+    for channel in range(3):  # three strided copies are several times faster than one transposition, here and below
+        planes[channel] = pixels[..., channel].reshape(-1)
     if view.jitter is not None:
-        planes = _jitter(planes, view.jitter)
+        planes = change_colours(planes, view.jitter)
     if view.grayscale:
-        planes = _grey(planes)[None]  # one plane stands for three from here on
-    if view.sigma is None:
-        return _interleave(planes, size)
-    if size <= _LARGEST_PRODUCT:
-        return _interleave(_blur(planes, size, view.sigma), size)
-    blurred = Image.fromarray(_interleave(planes, size)).filter(ImageFilter.GaussianBlur(view.sigma))
-    return np.array(blurred)
+        planes = grey_of(planes)[None]  # one plane stands for three from here on
+    if view.sigma is not None:
+        planes = blur(planes, size, view.sigma)
+    return _interleave(planes, size)
+
+
+def _resize(image: Pixels, size: int, view: View) -> Pixels:
+    """Crop, bilinear antialiased resize and flip; at most one level off PIL, and several times as fast."""
+    top, left, height, width = view.box
+    crop = image[None, top : top + height, left : left + width].copy()
+    # PyTorch resizes bytes with SIMD where the channels come last in memory.
+    channels_last = torch.from_numpy(crop.transpose(0, 3, 1, 2))
+    resized = functional.interpolate(channels_last, (size, size), mode="bilinear", antialias=True)
+    if view.flip:  # last in the published order; it commutes with all else and costs least here
+        resized = resized.flip(3)
+    return np.asarray(resized.numpy()[0].transpose(1, 2, 0), np.uint8)
 
 
 def _interleave(planes: Planes, size: int) -> Pixels:
@@ -170,203 +192,6 @@ def _interleave(planes: Planes, size: int) -> Pixels:
     planes += 0.5
     levels = planes.astype(np.uint8).reshape(-1, size, size)
     pixels = np.empty((size, size, 3), np.uint8)
-    for channel in range(3):  # three strided copies are several times faster than one transposition
+    for channel in range(3):
         pixels[..., channel] = levels[channel % len(levels)]
     return pixels
-
-
-# Resizing ---------------------------------------------------------------------------------------------------------
-
-
-def _resize(crop: Pixels, size: int, flip: bool, planar: bool) -> Planes:
-    """Bilinear, antialiased: ``[size, size * 3]``, or ``[3, size * size]`` when planar. At most one level off PIL."""
-    height, width = crop.shape[:2]
-    if height > size or width > size:
-        return _shrink(crop, size, flip, planar)
-    # Nothing shrinks, so each output pixel mixes two neighbours along each axis and no antialiasing is needed.
-    near, far, share = _column_taps(width, size, flip, planar)
-    flat = crop.astype(np.float32, order="C").reshape(height, width * 3)
-    rows = flat.take(near, axis=1, mode="clip")
-    step = flat.take(far, axis=1, mode="clip")
-    step -= rows
-    step *= share
-    rows += step
-    above, below, share = _row_taps(height, size)
-    out = rows.take(above, axis=0, mode="clip")
-    step = rows.take(below, axis=0, mode="clip")
-    step -= out
-    step *= share
-    if not planar:
-        out += step
-        return out
-    planes = np.empty((3, size, size), np.float32)
-    np.add(out.reshape(size, 3, size), step.reshape(size, 3, size), out=planes.transpose(1, 0, 2))
-    return planes.reshape(3, -1)
-
-
-def _shrink(crop: Pixels, size: int, flip: bool, planar: bool) -> Planes:
-    resized = np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR))
-    if flip:
-        resized = resized[:, ::-1]
-    if not planar:
-        return resized.astype(np.float32, order="C").reshape(size, size * 3)
-    planes = np.empty((3, size, size), np.float32)
-    for channel in range(3):
-        planes[channel] = resized[..., channel]
-    return planes.reshape(3, -1)
-
-
-def _taps(length: int, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    """For each of `size` output pixels the two input pixels around its centre and the share of the second."""
-    centre = (np.arange(size) + 0.5) * (length / size) - 0.5
-    near = np.floor(centre).astype(np.intp)
-    share = (centre - near).astype(np.float32)
-    return near.clip(0, length - 1), (near + 1).clip(0, length - 1), share
-
-
-@lru_cache(maxsize=1024)
-def _row_taps(length: int, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    near, far, share = _taps(length, size)
-    return near, far, share[:, None]
-
-
-@lru_cache(maxsize=1024)
-def _column_taps(
-    length: int, size: int, flip: bool, planar: bool
-) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]:
-    """As `_taps`, for a row of ``length * 3`` interleaved values; planar writes the row channel after channel."""
-    near, far, share = _taps(length, size)
-    if flip:
-        near, far, share = near[::-1], far[::-1], share[::-1]
-    channel = np.arange(3)
-    if planar:
-        return _flat(3 * near + channel[:, None]), _flat(3 * far + channel[:, None]), np.tile(share, 3)
-    return _flat(3 * near[:, None] + channel), _flat(3 * far[:, None] + channel), np.repeat(share, 3)
-
-
-def _flat(indices: NDArray[np.intp]) -> NDArray[np.intp]:
-    return np.ascontiguousarray(indices).reshape(-1)
-
-
-# Colours ----------------------------------------------------------------------------------------------------------
-
-
-def _jitter(planes: Planes, jitter: Jitter) -> Planes:
-    for operation in jitter.order:
-        if operation == 0:
-            planes = _brightness(planes, jitter.brightness)
-        elif operation == 1:
-            planes = _contrast(planes, jitter.contrast)
-        elif operation == 2:
-            planes = _saturation(planes, jitter.saturation)
-        else:
-            planes = _hue(planes, jitter.hue)
-    return planes
-
-
-def _brightness(planes: Planes, factor: float) -> Planes:
-    planes *= factor
-    return planes.clip(0, 255, out=planes) if factor > 1 else planes
-
-
-def _contrast(planes: Planes, factor: float) -> Planes:
-    """Away from (factor > 1) or towards the image's mean grey."""
-    if factor == 1:
-        return planes
-    sums = planes.sum(axis=1).tolist()
-    mean = sum(share * total for share, total in zip(_GREY, sums, strict=True)) / planes.shape[1]
-    planes *= factor
-    planes += (1 - factor) * mean
-    return planes.clip(0, 255, out=planes) if factor > 1 else planes
-
-
-def _saturation(planes: Planes, factor: float) -> Planes:
-    """Away from (factor > 1) or towards each pixel's grey."""
-    if factor == 1:
-        return planes
-    grey = _grey(planes)
-    grey *= 1 - factor
-    planes *= factor
-    planes += grey
-    return planes.clip(0, 255, out=planes) if factor > 1 else planes
-
-
-def _grey(planes: Planes) -> Planes:
-    """``[height * width]``."""
-    grey: Planes = planes[0] * _GREY[0]
-    grey += planes[1] * _GREY[1]
-    grey += planes[2] * _GREY[2]
-    return grey
-
-
-def _hue(planes: Planes, shift: float) -> Planes:
-    """Turn the hue of HSV by `shift` of the colour circle, keeping value and saturation.
-
-    Turning by 60 degrees is exact and cheap: each channel x becomes high + low - y, with y the next channel and
-    high, low the pixel's extremes. Within 60 degrees a channel goes from its old to its new value with slope
-    high - low, either at once and then rests, or rests first; both follow from the two clamps below, so no pixel has
-    to be told which sixth of the circle it is in.
-    """
-    if shift == 0:
-        return planes
-    turns, part = divmod(abs(shift) * 6, 1)
-    ring = np.empty((5, planes.shape[1]), np.float32)  # blue, red, green, blue, red: both neighbours of each channel
-    ring[1:4] = planes
-    now = ring[1:4]
-    following = ring[2:5] if shift > 0 else ring[0:3]
-    high = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
-    low = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
-    for _ in range(int(turns)):
-        _close_ring(ring)
-        now[:] = (high + low) - following
-    _close_ring(ring)
-    chroma = high - low
-    first = chroma * np.float32(part)  # how far a channel gets that moves at once
-    late = chroma - first  # how far behind its goal is one that rests first
-    change = (high + low) - (now + following)
-    rise = (high - late) - following
-    fall = (high - first) - following
-    zeros = _zeros(planes.shape[1])
-    np.maximum(np.minimum(rise, change, out=rise), zeros, out=rise)
-    np.minimum(np.maximum(fall, change, out=fall), zeros, out=fall)
-    now += rise
-    now += fall
-    return now
-
-
-def _close_ring(ring: Planes) -> None:
-    ring[0], ring[4] = ring[3], ring[1]
-
-
-@lru_cache(maxsize=8)
-def _zeros(pixels: int) -> Planes:
-    # Minimum and maximum of two arrays are vectorised, of an array and a number they are not (three times slower).
-    return np.zeros((3, pixels), np.float32)
-
-
-# Blur -------------------------------------------------------------------------------------------------------------
-
-
-def _blur(planes: Planes, size: int, sigma: float) -> Planes:
-    """PIL's GaussianBlur(sigma) as two matrix products; within a level or two of it."""
-    # In steps of 1/64 pixel, which nobody sees, so that few matrices serve all images.
-    matrix = _blur_matrix(size, round(sigma * 64))
-    blurred = matrix @ planes.reshape(-1, size, size) @ matrix.T
-    return np.asarray(blurred, np.float32).reshape(len(planes), -1)
-
-
-@lru_cache(maxsize=256)
-def _blur_matrix(size: int, sigma_64: int) -> NDArray[np.float32]:
-    """``[size, size]``: three box blurs that together have a variance of (sigma_64 / 64) ** 2; the edges repeat.
-
-    A box of fractional length: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box
-    filtering", equations 11 and 14, as in PIL.
-    """
-    variance = (sigma_64 / 64) ** 2 / _BLUR_PASSES
-    inner = int((math.sqrt(12 * variance + 1) - 1) / 2)
-    edge = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance) / (6 * (variance - (inner + 1) ** 2))
-    rows = np.arange(size)
-    box = np.zeros((size, size))
-    for offset in range(-inner - 1, inner + 2):
-        np.add.at(box, (rows, (rows + offset).clip(0, size - 1)), edge if abs(offset) > inner else 1.0)
-    return np.asarray(np.linalg.matrix_power(box / (2 * (inner + edge) + 1), _BLUR_PASSES), np.float32)

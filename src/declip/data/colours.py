@@ -1,0 +1,168 @@
+"""Colours and blur of an image view, on float32 planes; what is passed in may be overwritten."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Planes = NDArray[np.float32]  # [3, height * width], grey levels 0..255
+
+_GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as PIL's mode L
+_BLUR_PASSES = 3  # PIL's Gaussian blur is three box blurs
+# OpenBLAS computes products of up to 64 ** 3 multiplications on one thread. Larger ones would start threads in every
+# loader worker, so these are left to PyTorch, whose threads a worker has switched off.
+_LARGEST_PRODUCT = 64
+_BLUR_BLOCK = 32  # rows that are blurred together: a call costs as much as some zeros that are multiplied
+
+
+class Jitter(NamedTuple):
+    """Colour jitter as drawn: factors around 1, hue as a share of the circle, and the order of the four."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    order: tuple[int, ...]  # a permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue
+
+
+def change_colours(planes: Planes, jitter: Jitter) -> Planes:
+    for operation in jitter.order:
+        if operation == 0:
+            planes = _brightness(planes, jitter.brightness)
+        elif operation == 1:
+            planes = _contrast(planes, jitter.contrast)
+        elif operation == 2:
+            planes = _saturation(planes, jitter.saturation)
+        else:
+            planes = _hue(planes, jitter.hue)
+    return planes
+
+
+def _brightness(planes: Planes, factor: float) -> Planes:
+    planes *= factor
+    return planes.clip(0, 255, out=planes) if factor > 1 else planes
+
+
+def _contrast(planes: Planes, factor: float) -> Planes:
+    """Away from (factor > 1) or towards the image's mean grey."""
+    if factor == 1:
+        return planes
+    sums = planes.sum(axis=1).tolist()
+    mean = sum(share * total for share, total in zip(_GREY, sums, strict=True)) / planes.shape[1]
+    planes *= factor
+    planes += (1 - factor) * mean
+    return planes.clip(0, 255, out=planes) if factor > 1 else planes
+
+
+def _saturation(planes: Planes, factor: float) -> Planes:
+    """Away from (factor > 1) or towards each pixel's grey."""
+    if factor == 1:
+        return planes
+    grey = grey_of(planes)
+    grey *= 1 - factor
+    planes *= factor
+    planes += grey
+    return planes.clip(0, 255, out=planes) if factor > 1 else planes
+
+
+def grey_of(planes: Planes) -> Planes:
+    """``[height * width]``."""
+    grey: Planes = planes[0] * _GREY[0]
+    grey += planes[1] * _GREY[1]
+    grey += planes[2] * _GREY[2]
+    return grey
+
+
+def _hue(planes: Planes, shift: float) -> Planes:
+    """Turn the hue of HSV by `shift` of the colour circle, keeping value and saturation.
+
+    Turning by 60 degrees is exact and cheap: each channel x becomes high + low - y, with y the next channel and
+    high, low the pixel's extremes. Within 60 degrees a channel goes from its old to its new value with slope
+    high - low, either at once and then rests, or rests first; both follow from the two clamps below, so no pixel has
+    to be told which sixth of the circle it is in.
+    """
+    if shift == 0:
+        return planes
+    turns, part = divmod(abs(shift) * 6, 1)
+    ring = np.empty((5, planes.shape[1]), np.float32)  # blue, red, green, blue, red: both neighbours of each channel
+    ring[1:4] = planes
+    now = ring[1:4]
+    following = ring[2:5] if shift > 0 else ring[0:3]
+    high = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
+    low = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
+    for _ in range(int(turns)):
+        _close_ring(ring)
+        now[:] = (high + low) - following
+    _close_ring(ring)
+    chroma = high - low
+    first = chroma * np.float32(part)  # how far a channel gets that moves at once
+    late = chroma - first  # how far behind its goal is one that rests first
+    change = (high + low) - (now + following)
+    rise = (high - late) - following
+    fall = (high - first) - following
+    zeros = _zeros(planes.shape[1])
+    np.maximum(np.minimum(rise, change, out=rise), zeros, out=rise)
+    np.minimum(np.maximum(fall, change, out=fall), zeros, out=fall)
+    now += rise
+    now += fall
+    return now
+
+
+def _close_ring(ring: Planes) -> None:
+    ring[0], ring[4] = ring[3], ring[1]
+
+
+@lru_cache(maxsize=8)
+def _zeros(pixels: int) -> Planes:
+    # Minimum and maximum of two arrays are vectorised, of an array and a number they are not (three times slower).
+    return np.zeros((3, pixels), np.float32)
+
+
+def blur(planes: Planes, size: int, sigma: float) -> Planes:
+    """PIL's GaussianBlur(sigma) of ``[planes, size * size]`` as matrix products; within a level or two of it."""
+    # In steps of 1/64 pixel, which nobody sees, so that few matrices serve all images.
+    bands = _blur_bands(size, round(sigma * 64))
+    if size <= _LARGEST_PRODUCT:
+        matrix = bands[0][2].numpy()
+        return np.asarray(matrix @ planes.reshape(-1, size, size) @ matrix.T, np.float32).reshape(len(planes), -1)
+    image = torch.from_numpy(planes).view(-1, size, size)
+    down, both = torch.empty_like(image), torch.empty_like(image)
+    for rows, near, band in bands:
+        torch.matmul(band, image[:, near], out=down[:, rows])
+    for rows, near, band in bands:
+        torch.mm(down.view(-1, size)[:, near], band.T, out=both.view(-1, size)[:, rows])
+    return np.asarray(both.view(-1, size * size).numpy(), np.float32)
+
+
+@lru_cache(maxsize=256)
+def _blur_bands(size: int, sigma_64: int) -> list[tuple[slice, slice, torch.Tensor]]:
+    """The blur matrix without most of its zeros: blocks of rows, the columns where each has values, and the values."""
+    matrix, bands = _blur_matrix(size, sigma_64), []
+    block = size if size <= _LARGEST_PRODUCT else _BLUR_BLOCK
+    for start in range(0, size, block):
+        rows = slice(start, min(start + block, size))
+        columns = matrix[rows].any(0).nonzero()
+        near = slice(int(columns[0]), int(columns[-1]) + 1)
+        bands.append((rows, near, matrix[rows, near].clone()))
+    return bands
+
+
+def _blur_matrix(size: int, sigma_64: int) -> torch.Tensor:
+    """``[size, size]``: three box blurs that together have a variance of (sigma_64 / 64) ** 2; the edges repeat.
+
+    A box of fractional length: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box
+    filtering", equations 11 and 14, as in PIL.
+    """
+    variance = (sigma_64 / 64) ** 2 / _BLUR_PASSES
+    inner = int((math.sqrt(12 * variance + 1) - 1) / 2)
+    edge = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance) / (6 * (variance - (inner + 1) ** 2))
+    rows = np.arange(size)
+    box = np.zeros((size, size))
+    for offset in range(-inner - 1, inner + 2):
+        np.add.at(box, (rows, (rows + offset).clip(0, size - 1)), edge if abs(offset) > inner else 1.0)
+    return torch.from_numpy(box / (2 * (inner + edge) + 1)).matrix_power(_BLUR_PASSES).float()
