@@ -17,7 +17,7 @@ from declip import evaluation
 from declip.cli import main
 from declip.recipe import load_recipe, parse_recipe, shipped
 
-COMMANDS = ("demo", "train", "evaluate", "recipes")
+COMMANDS = ("demo", "train", "evaluate", "convert", "recipes")
 Capture = pytest.CaptureFixture[str]
 
 

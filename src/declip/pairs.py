@@ -87,6 +87,11 @@ class Data(Section):
         None,
         description="image self-supervision gets two views of its own, made so (SLIP); not set: it shares the others",
     )
+    augment_on: Literal["worker", "device"] = Field(
+        "worker",
+        description="where colours, blur and flip of image views are made: in the loader processes, or in batches on "
+        "the training device, for a GPU that waits for its loader; the views are the same but for rounding",
+    )
     text: CaptionViews = Field(CaptionViews(), description="how text views are made")
     workers: int = Field(1, ge=0, description="loader processes; 0 loads in the training process")
     cache_gb: float = Field(1.0, ge=0, description="keep decoded images in memory when all fit in this many GB")
@@ -94,4 +99,6 @@ class Data(Section):
         None,
         description="folder for indices of shards that lie where nothing can be written (default: the cache folder's)",
     )
+    disk_gb: float = Field(50.0, gt=0, description="copies of remote shards are kept up to this many GB")
+    retries: int = Field(5, ge=0, description="how often a failed read from a remote place is tried again")
     broken_limit: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the pairs is broken")

@@ -283,6 +283,21 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         raise InputError(_sentence(error, where)) from None
 
 
+class _Options(Section):
+    data: Data = Data()
+
+
+def parse_data(options: list[str]) -> Data:
+    """The data section that ``data.NAME=value`` options say; raises InputError as `load_recipe` does."""
+    values: dict[str, Any] = {}
+    for option in options:
+        _override(values, option)
+    try:
+        return _Options.model_validate(values).data
+    except ValidationError as error:
+        raise InputError(_sentence(error, "options")) from None
+
+
 def to_toml(recipe: Recipe) -> str:
     """The resolved recipe as TOML text, every field written out."""
     import tomli_w

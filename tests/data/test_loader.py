@@ -17,7 +17,7 @@ from conftest import pair, write_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from declip.data.batch import Batch
+from declip.data.batch import Batch, send
 from declip.data.captions import EOT, MASK_ID, SOT, Tokenizer
 from declip.data.decode import decode_image
 from declip.data.decoded import open_images
@@ -253,6 +253,19 @@ def test_captions_of_full_length(tiny: MakeRecipe) -> None:
     assert (whole.tokens[:, :, length:] == 0).all()
     assert torch.equal(whole.labels[:, :length], cut.labels)
     assert (whole.labels[:, length:] == -100).all()
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", False), ("mps", True)])
+def test_copies_that_read_their_source_late_are_waited_for(device: str, waits: bool) -> None:
+    asked = []
+
+    class Copied(torch.Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            asked.append((args, kwargs))
+            return self
+
+    send(Copied(), torch.device(device))
+    assert asked == [((torch.device(device),), {"non_blocking": not waits})]
 
 
 # Which pairs, which captions

@@ -340,7 +340,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"")
-    with pytest.raises(InputError, match=r"a\.zip is of no known kind: give a \.parquet file"):
+    with pytest.raises(InputError, match=r"a\.zip is of no known kind: give a \.parquet or \.arrow file"):
         open_sources([str(tmp_path / "a.zip")], FOUND)
 
 

@@ -68,7 +68,10 @@ def rows(count: int = 40) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["data.train=nowhere.parquet"], "There is no file or folder 'nowhere.parquet': give a .parquet file"),
+        (
+            ["data.train=nowhere.parquet"],
+            "There is no file or folder 'nowhere.parquet': give a .parquet or .arrow file",
+        ),
         (["data.validation=nowhere.csv"], "There is no file or folder 'nowhere.csv'"),
         (["data.train=[]"], "There is nothing to train on: say data.train=FILE"),
         (["data.captions=words"], "no column 'words' (data.captions): its columns are key (string), image (binary)"),

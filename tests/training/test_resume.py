@@ -95,6 +95,23 @@ def test_stopped_twice(tiny: MakeRecipe, tmp_path: Path) -> None:
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
 
+def test_views_finished_on_the_device(tiny: MakeRecipe, tmp_path: Path) -> None:
+    """A run with them repeats, with other workers too, and resumes exactly; it is close to one with whole views."""
+    recipe = tiny("declip", "data.augment_on=device")
+    train(recipe, tmp_path / "whole", quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "stopped", quiet=True)
+    train(recipe, tmp_path / "stopped", resume=True, quiet=True)
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+    train(tiny("declip", "data.augment_on=device", "data.workers=2"), tmp_path / "again", quiet=True)
+    assert_same_end(tmp_path / "again", tmp_path / "whole")
+    train(tiny("declip"), tmp_path / "worker", quiet=True)
+    losses = [[row["loss"] for row in read_metrics(tmp_path / run) if "loss" in row] for run in ("whole", "worker")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 def test_interrupt_raised_between_steps(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a thread there is no signal, only an exception."""
     write = RunLog.train

@@ -20,6 +20,8 @@ class Batch:
     sample_ids: int64 [batch], which pair each row is
     broken: the pairs that could not be read and were replaced, as (id, where, reason)
     caption_ids: int64 [text views, batch], equal where two rows show the same caption; None where no term asks
+    draws: float32 [image views, batch, numbers], where `images` are only crops: what `finish_views` is to do to them.
+        It stays on the CPU, where that is planned. None where the views are whole
     """
 
     images: Tensor
@@ -29,9 +31,18 @@ class Batch:
     sample_ids: Tensor
     broken: tuple[tuple[int, str, str], ...] = ()
     caption_ids: Tensor | None = None
+    draws: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":
             return self
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor) and name != "draws"}
+        sent: dict[str, Any] = {name: send(value, device) for name, value in tensors.items()}
+        return replace(self, **sent)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for the device where that is safe."""
+    # CUDA puts the numbers aside before it returns. MPS reads them later, when their memory may be somebody else's
+    # (https://github.com/pytorch/pytorch/issues/189690).
+    return tensor.to(device, non_blocking=device.type == "cuda")

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from declip.data.decode import Pixels, count_pixels, decode_image
-from declip.data.images import make_views, random_view
+from declip.data.images import View, draw_view, make_view, make_views
 from declip.data.sources import BrokenPair, Source
 from declip.errors import InputError
 from declip.pairs import ImageViews
@@ -39,12 +39,18 @@ class Images:
             raise image
         return image
 
-    def views(self, index: int, size: int, options: Sequence[ImageViews], rng: np.random.Generator) -> list[Pixels]:
-        """Random views of an image, each uint8 [size, size, 3]; raises BrokenPair."""
-        if self.kept is not None:
-            image = self.get(index)
-            return [random_view(image, size, view, rng) for view in options]
-        return _of_pair(self.source, index, lambda data: make_views(data, size, options, rng))
+    def views(
+        self, index: int, size: int, options: Sequence[ImageViews], rng: np.random.Generator, crops_only: bool = False
+    ) -> list[tuple[Pixels, View]]:
+        """Random views of an image, each uint8 [size, size, 3] and how it was drawn; raises BrokenPair.
+
+        crops_only: make no more of a view than its crop.
+        """
+        if self.kept is None:
+            return _of_pair(self.source, index, lambda data: make_views(data, size, options, rng, crops_only))
+        image = self.get(index)
+        drawn = [draw_view(image.shape[0], image.shape[1], view, rng) for view in options]
+        return [(make_view(image, size, View(view.box) if crops_only else view), view) for view in drawn]
 
 
 def open_images(source: Source, limit_gb: float, broken_limit: float) -> Images:

@@ -76,8 +76,12 @@ def random_view(image: Pixels, size: int, views: ImageViews, rng: np.random.Gene
     return make_view(image, size, draw_view(image.shape[0], image.shape[1], views, rng))
 
 
-def make_views(data: bytes, size: int, options: Sequence[ImageViews], rng: np.random.Generator) -> list[Pixels]:
-    """Random views of an image file's bytes, as `random_view` makes them of the decoded image.
+def make_views(
+    data: bytes, size: int, options: Sequence[ImageViews], rng: np.random.Generator, crops_only: bool = False
+) -> list[tuple[Pixels, View]]:
+    """Random views of an image file's bytes, as `random_view` makes them of the decoded image, and how each was drawn.
+
+    crops_only: make no more of a view than its crop.
 
     A large JPEG is decoded at the smallest scale at which no crop has to be enlarged that has not been anyway; the
     edges of the crops are then rounded to this scale's pixels. Raises ValueError as `ImageFile` does.
@@ -88,7 +92,9 @@ def make_views(data: bytes, size: int, options: Sequence[ImageViews], rng: np.ra
     reduction = next(reduction for reduction in (8, 4, 2, 1) if shortest // reduction >= size or reduction == 1)
     image = file.decode(reduction)
     reduction = round(file.height / len(image))  # it may have come larger
-    return [make_view(image, size, _reduced(view, reduction)) for view in views]
+    wanted = [View(view.box) for view in views] if crops_only else views
+    made = [make_view(image, size, _reduced(view, reduction)) for view in wanted]
+    return list(zip(made, views, strict=True))
 
 
 def _reduced(view: View, reduction: int) -> View:

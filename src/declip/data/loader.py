@@ -18,6 +18,8 @@ from declip.data.batch import Batch
 from declip.data.captions import CaptionTokenizer, Tokenizer, augment, load_synonyms, tokenize, tokenize_masked
 from declip.data.decode import Pixels
 from declip.data.decoded import Images
+from declip.data.device_views import DRAWS, pack
+from declip.data.images import View
 from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.sources import BrokenPair, Concatenation
 from declip.errors import InputError, RunStopped, first_line
@@ -50,6 +52,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         strong = recipe.data.strong_images or recipe.data.images
         self.image_views = [recipe.data.images] * recipe.pair_views
         self.image_views += [strong] * (recipe.image_views - recipe.pair_views)
+        self.crops_only = recipe.data.augment_on == "device"
         self.synonyms = load_synonyms() if "augmented" in self.text_views else {}
         self.ends = images.caption_ends if recipe.data.text.pool == "each" else None
         self.items = len(images.source) if self.ends is None else int(self.ends[-1])
@@ -93,6 +96,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         captions: list[list[str]] = []
         broken: list[tuple[int, str, str]] = []
         images = np.empty((len(self.image_views), len(self.rows), self.size, self.size, 3), np.uint8)
+        draws = np.empty((*images.shape[:2], DRAWS), np.float32) if self.crops_only else None
         items = self.order.batch(number)
         # With pool=each an item is a caption, and the pair is the one that it belongs to.
         indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
@@ -103,8 +107,10 @@ class BatchMaker(Dataset[Batch | InputError]):
             taken.add(index)
             pairs.append(index)
             captions.append(self._draw(pool, index, int(items[place]), first + place, rng))
-            for view, pixels in enumerate(views):
-                images[view, row] = pixels
+            for which, (pixels, view) in enumerate(views):
+                images[which, row] = pixels
+                if draws is not None:
+                    draws[which, row] = pack(view)
         tokens, labels = self._texts(captions, rngs)
         ids = None
         if self.wants_caption_ids:
@@ -117,11 +123,12 @@ class BatchMaker(Dataset[Batch | InputError]):
             sample_ids=torch.tensor(pairs),
             broken=tuple(broken),
             caption_ids=ids,
+            draws=None if draws is None else torch.from_numpy(draws),
         )
 
     def _readable(
         self, index: int, place: int, taken: set[int], broken: list[tuple[int, str, str]]
-    ) -> tuple[int, tuple[str, ...], list[Pixels]]:
+    ) -> tuple[int, tuple[str, ...], list[tuple[Pixels, View]]]:
         """The pair itself, or, where it is broken, the next in storage that is not: its index, captions and views."""
         source = self.images.source
         for candidate in chain([index], self._stand_ins(index, taken)):
@@ -131,7 +138,8 @@ class BatchMaker(Dataset[Batch | InputError]):
                     raise BrokenPair(source.key(candidate), source.where(candidate), "every caption is empty")
                 # The views are the same whichever candidate it is.
                 rng = np.random.default_rng([self.recipe.seed, place, 0])
-                return candidate, captions, self.images.views(candidate, self.size, self.image_views, rng)
+                views = self.images.views(candidate, self.size, self.image_views, rng, self.crops_only)
+                return candidate, captions, views
             except BrokenPair as error:
                 broken.append((candidate, error.where, error.reason))
         raise InputError(f"None of the {len(source)} pairs of {source.name} can be read.")

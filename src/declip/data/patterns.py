@@ -6,30 +6,43 @@ import glob
 import re
 from pathlib import Path
 
+from declip.data.remote import is_remote, listed, scheme
 from declip.errors import InputError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RETRIES = 5  # of a listing; a pattern is all that is known here
 
 
 def expand(spec: str) -> list[str]:
-    """The paths that a pattern names: ``{000..099}`` and ``{a,b}`` in their order, ``*``, ``?`` and ``[..]`` sorted.
+    """The files that a pattern names: ``{000..099}`` and ``{a,b}`` in their order, ``*``, ``?`` and ``[..]`` sorted.
 
-    Zeros in front are kept. What holds no pattern, or names a file as it is, stays as it is. Raises InputError where a
-    pattern matches nothing.
+    Paths or URLs. Zeros in front are kept. What holds no pattern, or names a file as it is, stays as it is.
+    Raises InputError where a pattern matches nothing, or stands in an HTTP URL, as HTTP has no folders to list.
     """
-    if Path(spec).exists():
+    if not is_remote(spec) and Path(spec).exists():
         return [spec]
     paths: list[str] = []
     for path in _unbraced(spec):
-        if glob.has_magic(path):
-            found = sorted(glob.glob(str(Path(path).expanduser()), recursive=True))
+        if _has_magic(path):
+            found = _matching(path)
             if not found:
                 raise InputError(f"No file matches {path!r}.")
             paths += found
         else:
             paths.append(path)
     return paths
+
+
+def _has_magic(path: str) -> bool:
+    # In an HTTP URL a question mark begins the query.
+    return glob.has_magic(path.replace("?", "") if scheme(path) in ("http", "https") else path)
+
+
+def _matching(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        return listed(pattern, _RETRIES)
+    return sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))
 
 
 def _unbraced(spec: str) -> list[str]:

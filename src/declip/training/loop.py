@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from declip.data.decoded import Images, check_broken, open_images
+from declip.data.device_views import finish_views
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import BrokenPair
@@ -199,7 +200,7 @@ class Run:
             rate = learning_rate(self.step, self.steps, self.recipe)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * (group["peak"] / self.recipe.optimizer.lr)
-            batch = batch.to(self.device)
+            batch = finish_views(batch.to(self.device))
             with autocast(self.device, self.recipe.engine.precision):
                 features = model(batch)
             loss, terms = self.objective(features, batch)

@@ -1,18 +1,34 @@
-"""Hugging Face datasets on disk (``save_to_disk``), mapped into memory."""
+"""Arrow files and Hugging Face datasets on disk (``save_to_disk``), mapped into memory."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from declip.data.sources.base import Source, Subset, one_shard
 from declip.data.sources.columns import IMAGE_NAMES, find_columns
 from declip.data.sources.table import TableSource, table_of
+from declip.data.storage import Storage, parent
 from declip.errors import InputError, first_line
 from declip.pairs import Data
+
+ARROW_FILES = (".arrow", ".feather")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen(Subset):
+    """Rows of a dataset in an order of their own, as ``select`` and ``shuffle`` leave them: all in one shard."""
+
+    @property
+    def shards(self) -> NDArray[np.int64]:
+        return one_shard(len(self.indices))
 
 
 def is_dataset(folder: Path) -> bool:
@@ -20,48 +36,94 @@ def is_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def open_dataset(spec: str, folder: Path, data: Data, need_captions: bool) -> TableSource:
+def open_dataset(spec: str, folder: Path, data: Data, need_captions: bool) -> Source:
     """Open a dataset, or one split of several.
 
-    Raises InputError where the folder holds several splits, rows were chosen or shuffled without being written anew,
-    a file cannot be read, or a column is missing.
+    Raises InputError where the folder holds several splits, a file cannot be read, or a column is missing.
     """
     if not (folder / "state.json").is_file():
-        splits = _json(folder / "dataset_dict.json").get("splits", [])
-        raise InputError(f"{spec} holds several splits: name one, {' or '.join(str(folder / s) for s in splits)}.")
+        splits = _json(folder / "dataset_dict.json").get("splits") or []
+        names = " or ".join(str(folder / str(split)) for split in splits)
+        raise InputError(f"{spec} holds several splits: name one, {names}.")
     state = _json(folder / "state.json")
-    if state.get("_indices_files"):
-        raise InputError(f"{spec} is a choice of rows of other files: write it with flatten_indices() first.")
+    files = _file_names(folder, state.get("_data_files"))
+    if not files:
+        raise InputError(f"{spec} cannot be read as a Hugging Face dataset: its state.json names no files.")
+    info = folder / "dataset_info.json"
+    features = _json(info).get("features") if info.is_file() else None
+    rows = _mapped(spec, files, "a Hugging Face dataset")
+    table = _source(spec, str(folder), rows, data, need_captions, features if isinstance(features, dict) else {})
+    if not (index_files := _file_names(folder, state.get("_indices_files"))):
+        return replace(table, opened_by=(open_dataset, (spec, folder, data, need_captions)))
+    chosen = _mapped(spec, index_files, "a Hugging Face dataset")
+    if chosen.num_columns != 1 or not pa.types.is_integer(chosen.schema.types[0]):
+        raise InputError(f"{spec} cannot be read as a Hugging Face dataset: its file of indices holds none.")
+    indices = np.asarray(chosen.column(0)).astype(np.int64)
+    if len(indices) and not 0 <= indices.min() <= indices.max() < len(table):
+        raise InputError(f"{spec} cannot be read as a Hugging Face dataset: it chooses rows that are not there.")
+    return Chosen(table, indices)
+
+
+def open_arrow(spec: str, path: str, data: Data, need_captions: bool) -> TableSource:
+    """Open an .arrow or .feather file, of the stream or the file format. Raises InputError as ``open_dataset``."""
+    rows = _mapped(spec, [Storage.of(data).local(path)], "an Arrow file")
+    table = _source(spec, parent(path), rows, data, need_captions, {})
+    return replace(table, opened_by=(open_arrow, (spec, path, data, need_captions)))
+
+
+def _mapped(spec: str, files: Sequence[Path], what: str) -> pa.Table:
+    """The rows of Arrow files, mapped into memory."""
+    tables = []
     try:
-        files = [str(folder / file["filename"]) for file in state["_data_files"]]
-        tables = [pa.ipc.open_stream(pa.memory_map(file)).read_all() for file in files]
+        for file in files:
+            source = pa.memory_map(str(file))
+            is_stream = source.read(6) != b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
+            tables.append(reader.read_all())
         rows = pa.concat_tables(tables)
-    except (pa.ArrowException, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{spec} cannot be read as a Hugging Face dataset: {first_line(error)}.") from None
+        rows.validate()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{spec} cannot be read as {what}: {first_line(error)}.") from None
+    return rows
+
+
+def _source(
+    spec: str, folder: str, rows: pa.Table, data: Data, need_captions: bool, features: dict[str, Any]
+) -> TableSource:
     types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
     columns = find_columns(spec, types, data, IMAGE_NAMES, need_captions=need_captions)
-    source = table_of(spec, folder, rows, columns)
-    names = _class_names(folder, columns.label)
-    if names and pa.types.is_integer(source.label_column.type):
-        chunks = [
-            pa.DictionaryArray.from_arrays(chunk.cast(pa.int32()), pa.array(names))
-            for chunk in source.label_column.chunks
-        ]
-        return replace(source, label_column=pa.chunked_array(chunks))
-    return source
+    source = table_of(spec, folder, Storage.of(data), rows, columns)
+    label = source.label_column
+    feature = features.get(columns.label) if columns.label else None
+    names = feature.get("names") if isinstance(feature, dict) else None
+    if label is None or not pa.types.is_integer(label.type) or not (isinstance(names, list) and names):
+        return source
+    return replace(source, label_column=_named(label, [str(name) for name in names]))
 
 
-def _class_names(folder: Path, label: str | None) -> list[str]:
-    """The names of a ClassLabel column's numbers."""
-    info = folder / "dataset_info.json"
-    feature = _json(info).get("features", {}).get(label, {}) if label and info.is_file() else {}
-    names = feature.get("names", []) if isinstance(feature, dict) else []
-    return [str(name) for name in names]
+def _named(numbers: Any, names: list[str]) -> Any:
+    """The names of a ClassLabel column's numbers; null for -1, which stands for no label, and for any other."""
+    chunks: list[Any] = []
+    for chunk in numbers.chunks:
+        values = chunk.fill_null(-1).to_numpy(zero_copy_only=False)
+        known = (values >= 0) & (values < len(names))
+        indices = pa.array(np.where(known, values, 0), pa.int32(), mask=~known)
+        chunks.append(pa.DictionaryArray.from_arrays(indices, pa.array(names)))
+    kind: Any = pa.dictionary(pa.int32(), pa.string())
+    return pa.chunked_array(chunks, kind)
+
+
+def _file_names(folder: Path, files: object) -> list[Path]:
+    """The files that a state.json lists."""
+    if not isinstance(files, list):
+        return []
+    return [folder / str(file["filename"]) for file in files if isinstance(file, dict) and "filename" in file]
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}.") from None
     return values if isinstance(values, dict) else {}

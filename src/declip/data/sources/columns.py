@@ -69,26 +69,36 @@ def find_columns(
     return Columns(image, captions, label, find("key", data.key, KEY_NAMES, _holds_names))
 
 
-def _is_text(kind: Any) -> bool:
+def is_list(kind: Any) -> bool:
+    """Lists of any length or of one."""
+    return any(test(kind) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list))
+
+
+def is_text(kind: Any) -> bool:
+    """Strings, also of a dictionary."""
     kind = kind.value_type if kinds.is_dictionary(kind) else kind
     return any(test(kind) for test in (kinds.is_string, kinds.is_large_string, kinds.is_string_view))
 
 
 def _holds_images(kind: Any) -> bool:
     """Encoded bytes, paths, or structs of them as Hugging Face datasets write them."""
-    if kind is None or _is_text(kind):
+    if kind is None or is_text(kind):
         return True
     if kinds.is_struct(kind):
-        return any(kind.field(i).name in ("bytes", "path") for i in range(kind.num_fields))
+        fields = [kind.field(i) for i in range(kind.num_fields)]
+        return any((f.name == "bytes" and _is_bytes(f.type)) or (f.name == "path" and is_text(f.type)) for f in fields)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
     return any(test(kind) for test in (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view))
 
 
 def _holds_texts(kind: Any) -> bool:
     if kind is None:
         return True
-    is_list = any(test(kind) for test in (kinds.is_list, kinds.is_large_list, kinds.is_fixed_size_list))
-    return _is_text(kind.value_type if is_list else kind)
+    return is_text(kind.value_type if is_list(kind) else kind)
 
 
 def _holds_names(kind: Any) -> bool:
-    return kind is None or _is_text(kind) or bool(kinds.is_integer(kind))
+    return kind is None or is_text(kind) or bool(kinds.is_integer(kind))

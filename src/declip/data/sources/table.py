@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.types as kinds
 from numpy.typing import NDArray
 
 from declip.data.sources.base import BrokenPair, Pair, clean_captions, one_shard, position
-from declip.data.sources.columns import Columns
+from declip.data.sources.columns import Columns, is_list, is_text
+from declip.data.storage import Storage, is_remote, join
+
+
+def plain(scalar: Any) -> Any:
+    """What an Arrow scalar holds; a text in it that is no UTF-8 comes as bytes."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if kinds.is_dictionary(scalar.type):
+            return plain(scalar.value)
+        if kinds.is_struct(scalar.type):
+            return {scalar.type.field(i).name: plain(scalar[i]) for i in range(scalar.type.num_fields)}
+        if is_list(scalar.type):
+            return [plain(value) for value in scalar.values]
+        return scalar.as_buffer().to_pybytes()
+
+
+def _name(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -19,12 +40,19 @@ class TableSource:
 
     name: str
     file: str  # the file that the rows are in, for messages
-    folder: Path  # what relative image paths are relative to
+    folder: str  # what relative image paths are relative to; may be a URL
+    storage: Storage
     image_column: Any  # of bytes, of paths, or of structs {bytes, path} as Hugging Face datasets write them
     caption_columns: list[Any]  # of strings or lists of strings; none at all for labelled images
     label_column: Any = None
     key_column: Any = None
     line_column: Any = None  # the line that a pair starts in, where the file is a text table
+    first: int = 0  # the number of the first row in its file, where these are not all of its rows
+    opened_by: tuple[Callable[..., Any], tuple[Any, ...]] | None = None  # how to open it again, where it is mapped
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, a mapped file is not copied but opened again."""
+        return self.opened_by or object.__reduce_ex__(self, protocol)
 
     @property
     def shards(self) -> NDArray[np.int64]:
@@ -38,44 +66,57 @@ class TableSource:
         captions = self.captions(i)
         if self.caption_columns and not captions:
             raise BrokenPair(self.key(i), self.where(i), "it has no caption that is not empty")
-        label = None if self.label_column is None else self.label_column[i].as_py()
-        return Pair(self.key(i), self._image(i), captions, None if label is None else str(label), self.where(i))
+        label = None if self.label_column is None else plain(self.label_column[i])
+        return Pair(self.key(i), self._image(i), captions, None if label is None else _name(label), self.where(i))
 
     def captions(self, i: int, /) -> tuple[str, ...]:
         i = position(i, len(self))
-        values = [column[i].as_py() for column in self.caption_columns]
-        return clean_captions(t for value in values for t in ([value] if isinstance(value, str) else value or ()))
+        values = [plain(column[i]) for column in self.caption_columns]
+        return clean_captions(
+            text for value in values for text in ([value] if isinstance(value, str | bytes) else value or ())
+        )
 
     def key(self, i: int, /) -> str:
         i = position(i, len(self))
-        key = None if self.key_column is None else self.key_column[i].as_py()
-        return str(i if key is None else key)
+        key = None if self.key_column is None else plain(self.key_column[i])
+        return _name(self.first + i if key is None else key)
 
-    def where(self, i: int) -> str:
+    def where(self, i: int, /) -> str:
         """The place of pair i on disk."""
-        return f"{self.file}, " + (f"row {i}" if self.line_column is None else f"line {self.line_column[i].as_py()}")
+        i = position(i, len(self))
+        if self.line_column is None:
+            return f"{self.file}, row {self.first + i}"
+        return f"{self.file}, line {self.line_column[i].as_py()}"
 
     def _image(self, i: int) -> bytes:
-        value = self.image_column[i].as_py()
+        value = plain(self.image_column[i])
         if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and value:
+            content, file = value.get("bytes"), value.get("path")
+            is_path = not (isinstance(content, bytes) and content)
+            value = (file if isinstance(file, str | bytes) else None) if is_path else content
+        else:
+            is_path = isinstance(value, str) or (value is not None and is_text(self.image_column.type))
+        if is_path and value:
+            path = os.fsdecode(value)
+            if is_remote(path):
+                raise BrokenPair(self.key(i), self.where(i), f"its image lies at {path}: fetch the images first")
             try:
-                value = (self.folder / value).read_bytes()
+                value = self.storage.read(join(self.folder, path))
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise BrokenPair(self.key(i), self.where(i), f"cannot read image {value}: {reason}") from None
+                raise BrokenPair(self.key(i), self.where(i), f"cannot read image {path}: {reason}") from None
         if not value:
             raise BrokenPair(self.key(i), self.where(i), "its image is empty")
         return bytes(value)
 
 
-def table_of(name: str, folder: Path, rows: Any, columns: Columns) -> TableSource:
+def table_of(name: str, folder: str, storage: Storage, rows: Any, columns: Columns) -> TableSource:
     """The pairs of an Arrow table."""
     return TableSource(
         name=name,
         file=name,
         folder=folder,
+        storage=storage,
         image_column=rows[columns.image],
         caption_columns=[rows[column] for column in columns.captions],
         label_column=rows[columns.label] if columns.label else None,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,17 +18,22 @@ from numpy.typing import NDArray
 
 from declip.data.sources.base import BrokenPair, Pair, clean_captions, position
 from declip.data.sources.columns import CAPTION_NAMES, LABEL_NAMES
-from declip.data.sources.tar_index import read_facts, version, write_index
+from declip.data.sources.index_files import index_facts
+from declip.data.sources.tar_index import FORMAT, write_tar_index
+from declip.data.storage import Storage, is_remote
 from declip.errors import InputError, first_line
 from declip.pairs import Data
 
+_ASKED = 16  # shards whose state is asked for at a time
 _OPEN_SHARDS = 128
+_OPEN_COPIES = 16  # what is open takes room on the disk even when the cache has dropped it
 
 
 class Indexed(NamedTuple):
     """A shard with the file of its index, fresh, and what that says."""
 
-    shard: Path
+    shard: str
+    version: str
     file: Path
     pairs: int
     problems: list[str]
@@ -40,8 +44,10 @@ class TarSource:
 
     def __init__(self, name: str, indexed: Sequence[Indexed], data: Data) -> None:
         self.name, self.indexed, self.data = name, list(indexed), data
+        self.storage = Storage.of(data)
         self.shards: NDArray[np.int64] = np.cumsum([0] + [one.pairs for one in indexed], dtype=np.int64)
-        self._opened = lru_cache(_OPEN_SHARDS)(self._open)
+        copies = any(is_remote(one.shard) for one in indexed)
+        self._opened = lru_cache(_OPEN_COPIES if copies else _OPEN_SHARDS)(self._open)
 
     def __reduce__(self) -> tuple[type[TarSource], tuple[str, list[Indexed], Data]]:
         return TarSource, (self.name, self.indexed, self.data)
@@ -84,7 +90,8 @@ class TarSource:
         return self._opened(number), i - int(self.shards[number])
 
     def _open(self, number: int) -> _Shard:
-        return _Shard(self.indexed[number].shard, self.indexed[number].file)
+        shard, version, index, _, _ = self.indexed[number]
+        return _Shard(shard, self.storage.local(shard, version), index)
 
     def _texts(self, shard: _Shard, row: int) -> tuple[tuple[str, ...], str | None]:
         """Captions and label: of the members .txt and .cls, else of the fields of .json."""
@@ -104,13 +111,13 @@ class TarSource:
 class _Shard:
     """An open shard with its index mapped."""
 
-    def __init__(self, path: Path, index: Path) -> None:
+    def __init__(self, path: str, copy: Path, index: Path) -> None:
         self.path = path
         table = pa.ipc.open_file(pa.memory_map(str(index))).read_all()
         self.keys = table["key"]
         self.columns = {name: np.asarray(table[name].combine_chunks()) for name in table.schema.names if name != "key"}
         try:
-            self.file = os.open(path, os.O_RDONLY)
+            self.file = os.open(copy, os.O_RDONLY)
         except OSError as error:
             raise InputError(f"{path} cannot be opened: {first_line(error)}.") from None
 
@@ -124,8 +131,13 @@ class _Shard:
     def read(self, role: str, row: int) -> bytes | None:
         """The bytes of a member; None where the pair has none of this role."""
         at = int(self.columns[f"{role}_at"][row])
-        # pread, as forked processes share the descriptor's position
-        return None if at < 0 else os.pread(self.file, int(self.columns[f"{role}_size"][row]), at)
+        if at < 0:
+            return None
+        size = int(self.columns[f"{role}_size"][row])
+        data = os.pread(self.file, size, at)  # not seek and read, as forked processes share the descriptor's position
+        if len(data) < size:
+            raise InputError(f"{self.path} is shorter than when it was opened: start again.")
+        return data
 
 
 def _fields(data: bytes | None) -> dict[str, Any]:
@@ -143,21 +155,24 @@ def _strings(value: object) -> Iterator[str]:
     return (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
 
 
-def open_tar(name: str, paths: Sequence[Path], data: Data) -> TarSource:
-    """Open tar shards, index first those that have no index or an old one.
+def open_tar(name: str, paths: Sequence[str], data: Data) -> TarSource:
+    """Open tar shards, local or remote; index first those that have no index or an old one.
 
     Raises InputError where a shard cannot be read.
     """
-    places = {path: _index_places(path, data) for path in paths}
-    found = {path: _indexed(path, places[path]) for path in paths}
+    storage = Storage.of(data)
+    with ThreadPoolExecutor(_ASKED) as pool:
+        # Remote places are waited for; local files are not, and threads would only get in each other's way.
+        ask = pool.map if any(map(is_remote, paths)) else map
+        found = dict(zip(paths, ask(lambda path: _indexed(path, storage), paths), strict=True))
     stale = [path for path in found if found[path] is None]
     if len(stale) > 1:
         if sys.stderr.isatty():
             print(f"Indexing {len(stale):,} tar shards of {name} …", file=sys.stderr)
-        with ProcessPoolExecutor(mp_context=get_context("fork" if sys.platform == "linux" else None)) as pool:
-            made = list(pool.map(_index, stale, [places[path] for path in stale]))
+        with ProcessPoolExecutor(mp_context=get_context("fork" if sys.platform == "linux" else None)) as processes:
+            made = list(processes.map(_index, stale, [storage] * len(stale)))
     else:
-        made = [_index(path, places[path]) for path in stale]
+        made = [_index(path, storage) for path in stale]
     found.update(zip(stale, made, strict=True))
     source = TarSource(name, [one for path in paths if (one := found[path])], data)
     for problem in source.problems:
@@ -165,41 +180,19 @@ def open_tar(name: str, paths: Sequence[Path], data: Data) -> TarSource:
     return source
 
 
-def _index_places(path: Path, data: Data) -> list[Path]:
-    """Beside the shard, or where that cannot be written, in the folder for indices."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "declip"
-    folder = Path(data.index_folder).expanduser() if data.index_folder else cache
-    digest = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
-    return [path.with_name(path.name + ".index"), folder / f"{path.name}.{digest}.index"]
+def _index(path: str, storage: Storage) -> Indexed:
+    """Index a shard."""
+    version = storage.version(path)  # first: one that changes meanwhile has an old index
+    index = write_tar_index(path, storage.local(path), version, storage.index_places(path))
+    facts = index_facts(index) or {}
+    return Indexed(path, version, index, facts["pairs"], facts["problems"])
 
 
-def _index(path: Path, places: Sequence[Path]) -> Indexed:
-    """Write a shard's index to the first place that can be written."""
-    for place in places:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_index(path, place)
-        except OSError as error:
-            failed = error
-        else:
-            facts = read_facts(place)
-            return Indexed(path, place, facts["pairs"], facts["problems"])
-    raise InputError(
-        f"The index of {path} can be written nowhere ({first_line(failed)}): say data.index_folder=FOLDER."
-    ) from None
-
-
-def _indexed(path: Path, places: Sequence[Path]) -> Indexed | None:
+def _indexed(path: str, storage: Storage) -> Indexed | None:
     """The index of a shard, whole and made of the shard as it is now; None where there is none."""
-    try:
-        now = version(path)
-    except FileNotFoundError:
-        raise InputError(f"There is no tar shard {path}.") from None
-    for place in places:
-        try:
-            facts = read_facts(place)
-            if facts["shard"] == now:
-                return Indexed(path, place, facts["pairs"], facts["problems"])
-        except (OSError, ValueError, KeyError, pa.ArrowException):
-            continue
+    version = storage.version(path)
+    for index in storage.index_places(path):
+        facts = index_facts(index)
+        if facts and facts.get("format") == FORMAT and facts.get("shard") == version:
+            return Indexed(path, version, index, facts["pairs"], facts["problems"])
     return None

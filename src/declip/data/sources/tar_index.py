@@ -6,17 +6,17 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from declip.data.sources.index_files import write_index
 from declip.errors import InputError, first_line
-from declip.files import write_atomically
 
 IMAGES = frozenset(["jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"])
 CAPTIONS = frozenset(["txt", "text", "caption"])
@@ -134,19 +134,20 @@ def _pax(data: bytes) -> dict[str, str]:
     return found
 
 
-def make_index(path: Path) -> tuple[pa.Table, list[str]]:
+def make_index(path: str, file: Path) -> tuple[pa.Table, list[str]]:
     """Index a shard: a row a pair as in SCHEMA, and what is wrong with it.
 
+    path: what messages call it; file: the shard, or a copy of it.
     Members belong together when they follow one another and are named alike up to the first dot of the base name, as
     in webdataset. Raises InputError where the file cannot be read or is compressed.
     """
     problems = Problems()
     columns: dict[str, list[str | int]] = {name: [] for name in SCHEMA.names}
     try:
-        with path.open("rb") as file:
-            if not os.fstat(file.fileno()).st_size:
+        with file.open("rb") as opened:
+            if not os.fstat(opened.fileno()).st_size:
                 raise InputError(f"{path} is an empty file, no tar shard.")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if data[:2] == b"\x1f\x8b" or data[:4] == b"\x28\xb5\x2f\xfd":
                     raise InputError(f"{path} is compressed, and cannot be read at random: unpack it to a plain tar.")
                 for key, members in groupby(_named(data, problems), key=itemgetter(0)):
@@ -202,33 +203,17 @@ def _note_partners(table: pa.Table, problems: Problems) -> None:
         problems.add("images without a caption", keys[index].as_py())
 
 
-def version(path: Path) -> str:
-    """What changes when the shard changes."""
-    facts = path.stat()
-    return f"{facts.st_size}-{facts.st_mtime_ns}"
+def write_tar_index(path: str, file: Path, version: str, places: Sequence[Path]) -> Path:
+    """Index a shard into a file, in the first place that can be written: returns where.
 
-
-def write_index(path: Path, index: Path) -> None:
-    """Index a shard into a file; a reader sees all of it or none."""
-    before = version(path)
-    table, problems = make_index(path)
-    facts = {"format": FORMAT, "shard": before, "pairs": len(table), "problems": problems}
+    file: the shard, or a copy of it; version: what changes when the shard changes.
+    """
+    table, problems = make_index(path, file)
+    facts = {"format": FORMAT, "shard": version, "pairs": len(table), "problems": problems}
     schema = SCHEMA.with_metadata({"declip": json.dumps(facts)})
 
     def write(temporary: Path) -> None:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_table(table.combine_chunks())
 
-    write_atomically(index, write, several=True)
-
-
-def read_facts(index: Path) -> dict[str, Any]:
-    """What an index says about itself: `shard` (its version), `pairs`, `problems`.
-
-    Raises OSError, ValueError, KeyError or ArrowException where it is no whole index of this format.
-    """
-    with pa.memory_map(str(index)) as file:
-        facts: dict[str, Any] = json.loads((pa.ipc.open_file(file).schema.metadata or {})[b"declip"])
-    if facts["format"] != FORMAT:
-        raise ValueError(f"{index} is of another format")
-    return facts
+    return write_index(path, places, write)

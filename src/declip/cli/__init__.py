@@ -13,16 +13,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import declip
+from declip.cli.data import add_data
+from declip.cli.terminal import command, console, positive, progress_bar
 from declip.errors import InputError, RunStopped
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from declip.evaluation import Progress
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
 DONE, STOPPED, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
@@ -100,7 +97,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"declip {declip.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help(), json=False, rest=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_train, _add_evaluate, _add_convert, _add_recipes):
+    for add in (_add_demo, _add_train, _add_evaluate, add_data, _add_convert, _add_recipes):
         add(commands)
     args, extras = parser.parse_known_args(argv)
     # argparse takes the values of `train RECIPE a=1 --out DIR b=2` in one piece only; the later ones come back here.
@@ -111,31 +108,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _command(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _add_demo(commands: Any) -> None:
     about = "train DeCLIP and CLIP side by side on embedded pairs, judge both on unseen pictures, write a report"
-    parser = _command(commands, "demo", _demo, about, "declip demo --out demo-run --minutes 10")
+    parser = command(commands, "demo", _demo, about, "declip demo --out demo-run --minutes 10")
     parser.add_argument(
         "--out", default="demo-run", metavar="DIR", help="folder for the runs and the report (%(default)s)"
     )
-    parser.add_argument("--minutes", type=_positive, default=10.0, metavar="N", help="about how long (%(default)g)")
+    parser.add_argument("--minutes", type=positive, default=10.0, metavar="N", help="about how long (%(default)g)")
 
 
 def _add_train(commands: Any) -> None:
     example = "declip train declip data.train=pairs.parquet schedule.epochs=20 --out runs/mine"
-    parser = _command(commands, "train", _train, "train a recipe", example)
+    parser = command(commands, "train", _train, "train a recipe", example)
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name (see declip recipes) or a TOML file")
     parser.add_argument("overrides", metavar="path=value", nargs="*", help="change a field of the recipe")
     parser.add_argument("--out", required=True, metavar="DIR", help="the run folder")
@@ -145,7 +129,7 @@ def _add_train(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     example = "declip evaluate runs/mine test.parquet --task retrieval"
-    parser = _command(commands, "evaluate", _evaluate, "judge a model: retrieval, zero-shot classification", example)
+    parser = command(commands, "evaluate", _evaluate, "judge a model: retrieval, zero-shot classification", example)
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument(
         "data", metavar="DATA", nargs="+", help="parquet files, caption tables beside images, demo:NAME"
@@ -171,9 +155,7 @@ def _add_evaluate(commands: Any) -> None:
 
 def _add_convert(commands: Any) -> None:
     about = "turn a model into an open_clip or a Hugging Face folder"
-    parser = _command(
-        commands, "convert", _convert, about, "declip convert yfcc15m_vitb32_declip.pth.tar declip-vitb32"
-    )
+    parser = command(commands, "convert", _convert, about, "declip convert yfcc15m_vitb32_declip.pth.tar declip-vitb32")
     parser.add_argument("source", metavar="SRC", help=MODEL)
     parser.add_argument("folder", metavar="DST", help="the new folder")
     parser.add_argument(
@@ -190,18 +172,8 @@ def _add_convert(commands: Any) -> None:
 
 def _add_recipes(commands: Any) -> None:
     about = "list the recipes, or print one with every field explained, as a TOML file to change and train"
-    parser = _command(commands, "recipes", _recipes, about, "declip recipes declip > mine.toml")
+    parser = command(commands, "recipes", _recipes, about, "declip recipes declip > mine.toml")
     parser.add_argument("name", metavar="NAME", nargs="?", help="a shipped recipe's name or a TOML file")
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 def _demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -228,7 +200,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from declip.pairs import Data
 
     options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         result = evaluate(args.model, args.data, args.task, options, progress, args.template)
     if not args.json:
         _print_results(result)
@@ -246,31 +218,8 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
         for name, value in result.items():
             shown = ", ".join(value) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else value
             table.add_row(name.replace("_", " "), str(shown or "none"))
-        _console().print(table)
+        console().print(table)
     return result
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """A bar on stderr for each thing that is under way, as long as it is; a log file gets none."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    bar = Bar(console=console, transient=True, disable=not console.is_terminal)
-    tasks: dict[str, Any] = {}
-
-    def progress(what: str, done: int, total: int) -> None:
-        bar.start()  # not before there is something to show
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
-
-    try:
-        yield progress
-    finally:
-        if tasks:
-            bar.stop()
 
 
 def _print_results(result: dict[str, Any]) -> None:
@@ -278,8 +227,8 @@ def _print_results(result: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = _console()
-    console.print(Text(f"Model: {result['model']}"))
+    out = console()
+    out.print(Text(f"Model: {result['model']}"))
     for task in dict.fromkeys(row["task"] for row in result["results"]):
         rows = [(row, _by_direction(row["metrics"])) for row in result["results"] if row["task"] == task]
         table = Table("data", title=f"{task} (%)", title_justify="left")
@@ -296,7 +245,7 @@ def _print_results(result: dict[str, Any]) -> None:
                 ways = [direction] if both_ways else []
                 table.add_row(*first, *ways, *(f"{score:.1f}" for score in metrics.values()))
                 first = ["", "", ""]
-        console.print(table)
+        out.print(table)
 
 
 def _by_direction(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -340,20 +289,13 @@ def _print_recipes(recipes: Sequence[Any]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    console = _console()
+    out = console()
     headings = ["recipe", "what it is", "terms (weight)"]
-    table = Table(*headings[: 3 if console.width >= 160 else 2], box=SIMPLE, pad_edge=False)
+    table = Table(*headings[: 3 if out.width >= 160 else 2], box=SIMPLE, pad_edge=False)
     for recipe in recipes:
         terms = [f"{name} ({term.weight:g})" for name, term in recipe.terms.active().items()]
         table.add_row(*[recipe.name, recipe.about, ", ".join(terms)][: len(table.columns)])
-    console.print(table)
-    console.print(
+    out.print(table)
+    out.print(
         "Their fields: declip recipes NAME. To the letter of paper or public code: method=paper, method=reference."
     )
-
-
-def _console() -> Console:
-    """Tables on stdout; where that is no terminal they are not squeezed into its 80 columns."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 200)

@@ -1,0 +1,124 @@
+"""``declip data``: what is in a set of pairs, and better sets made of it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from declip.cli.terminal import command, console, progress_bar, whole
+from declip.errors import InputError
+
+if TYPE_CHECKING:
+    from declip.pairs import Data
+
+PAIRS = "tar shards, parquet or Arrow files, caption tables, image folders, URLs; data.NAME=value sets an option"
+
+
+def add_data(commands: Any) -> None:
+    """Add ``declip data`` and its own commands."""
+    parser = commands.add_parser("data", help="look into pairs, drop copies, pack into fast shards")
+    parser.set_defaults(run=lambda args: parser.print_help())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for add in (_add_inspect, _add_dedup):
+        add(commands)
+
+
+def _add_inspect(commands: Any) -> None:
+    about = "say what is in a set of pairs, what is wrong with it and what to do about it; writes report.html"
+    example = "declip data inspect pairs.parquet --test test.parquet --batch-size 512 --out inspection"
+    parser = _about_pairs(commands, "inspect", _inspect, about, example)
+    parser.add_argument("--out", default="inspection", metavar="DIR", help="folder for report.html (%(default)s)")
+    run = "of the run that the pairs are for (%(default)s)"
+    parser.add_argument("--batch-size", type=whole, default=256, metavar="N", help=f"batch size {run}")
+    parser.add_argument("--image-size", type=whole, default=224, metavar="N", help=f"image size in pixels {run}")
+    parser.add_argument("--context-length", type=whole, default=77, metavar="N", help=f"tokens of a caption {run}")
+    parser.add_argument("--sample", type=whole, metavar="N", help="look at N pairs only, drawn at random")
+
+
+def _add_dedup(commands: Any) -> None:
+    about = "write a set without copies, near-duplicates, broken pairs and what is in a test set"
+    example = "declip data dedup pairs.parquet --test test.parquet --out unique"
+    parser = _about_pairs(commands, "dedup", _dedup, about, example)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the new set, empty or not there")
+    parser.add_argument("--exact", action="store_true", help="leave near-duplicates in: only drop equal images")
+    parser.add_argument("--equal-keys", action="store_true", help="also drop pairs with a key of the test set")
+    parser.add_argument(
+        "--own-captions", action="store_true", help="do not give the pair that stays the captions of its copies"
+    )
+
+
+def _about_pairs(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
+    parser = command(commands, name, run, about, example)
+    parser.add_argument("data", metavar="DATA", nargs="+", help=PAIRS)
+    parser.add_argument("--test", action="append", default=[], metavar="DATA", help="a set that training must not see")
+    parser.add_argument("--workers", type=whole, default=2, metavar="N", help="processes (%(default)s)")
+    parser.set_defaults(rest="data")
+    return parser
+
+
+def _sources(args: argparse.Namespace) -> tuple[list[str], Data]:
+    """What was named, and the options among it."""
+    from declip.recipe import parse_data
+
+    options = [item for item in args.data if item.startswith("data.") and "=" in item]
+    specs = [item for item in args.data if item not in options]
+    if not specs:
+        raise InputError("No data was given: name files or folders of pairs.")
+    return specs, parse_data(options)
+
+
+def _inspect(args: argparse.Namespace) -> dict[str, Any]:
+    specs, data = _sources(args)
+    from declip.curation.inspect import inspect, print_inspection
+
+    with progress_bar() as progress:
+        result = inspect(
+            specs,
+            data,
+            Path(args.out),
+            test=args.test,
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            context_length=args.context_length,
+            workers=args.workers,
+            sample=args.sample,
+            progress=progress,
+        )
+    if not args.json:
+        print_inspection(result, console())
+        print(f"Pictures of what was found: {Path(args.out) / 'report.html'}")
+    return result
+
+
+def _dedup(args: argparse.Namespace) -> dict[str, Any]:
+    specs, data = _sources(args)
+    from declip.curation.dedup import dedup
+
+    with progress_bar() as progress:
+        result = dedup(
+            specs,
+            Path(args.out),
+            data,
+            test=args.test,
+            near=not args.exact,
+            equal_keys=args.equal_keys,
+            merge_captions=not args.own_captions,
+            workers=args.workers,
+            progress=progress,
+        )
+    if not args.json:
+        _print_kept(result)
+    return result
+
+
+def _print_kept(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(show_header=False)
+    table.add_row("pairs", f"{result['pairs']:,}")
+    for reason, count in result["removed"].items():
+        table.add_row(f"left out: {reason}", f"{count:,}")
+    table.add_row("kept", f"{result['kept']:,}")
+    console().print(table)
+    print(f"The new set is in {result['out']}; what was left out, and why: {result['out']}/log/removed.jsonl")

@@ -1,0 +1,1 @@
+"""What is in a set of pairs, and what to leave out of it."""
