@@ -79,44 +79,39 @@ def grey_of(planes: Planes) -> Planes:
 
 
 def _hue(planes: Planes, shift: float) -> Planes:
-    """Turn the hue of HSV by `shift` of the colour circle, keeping value and saturation; less than two levels off.
+    """Turn the hue of HSV by `shift` of the colour circle, keeping value and saturation.
 
     Turning by 60 degrees is exact and cheap: each channel x becomes high + low - y, with y the next channel and
     high, low the pixel's extremes. Within 60 degrees a channel goes from its old to its new value with slope
     high - low, either at once and then rests, or rests first; both follow from the clamps below, so no pixel has
-    to be told which sixth of the circle it is in. 16-bit integers take half the time of floats.
+    to be told which sixth of the circle it is in.
     """
     if shift == 0:
         return planes
     turns, part = divmod(abs(shift) * 6, 1)
-    ring = np.empty((5, planes.shape[1]), np.int16)  # blue, red, green, blue, red: both neighbours of each channel
-    ring[1:4] = planes + np.float32(0.5)
+    ring = np.empty((5, planes.shape[1]), np.float32)  # blue, red, green, blue, red: both neighbours of each channel
+    ring[1:4] = planes
     now = ring[1:4]
     following = ring[2:5] if shift > 0 else ring[0:3]
-    high = np.maximum(np.maximum(now[0], now[1]), now[2])
-    low = np.minimum(np.minimum(now[0], now[1]), now[2])
+    high = np.maximum(np.maximum(planes[0], planes[1]), planes[2])
+    low = np.minimum(np.minimum(planes[0], planes[1]), planes[2])
     for _ in range(int(turns)):
         _close_ring(ring)
         now[:] = (high + low) - following
     _close_ring(ring)
+    way = (high - low) * np.float32(part)
     goal = (high + low) - following
-    moved = (high - low).view(np.uint16)  # 255 * 256 fits, and half a level more
-    moved *= np.uint16(round(part * 256))
-    moved += np.uint16(128)
-    moved >>= np.uint16(8)
-    way = moved.view(np.int16)
-    apart = now - following
-    rise = apart + (low + way)
-    np.minimum(np.maximum(rise, now, out=rise), goal, out=rise)  # the goal where the channel falls
-    fall = apart + (high - way)
-    np.maximum(np.minimum(fall, now, out=fall), goal, out=fall)  # the goal where it rises
+    rise = now - following
+    fall = rise + (high - way)
+    rise += low + way
+    np.minimum(np.maximum(rise, now, out=rise), goal, out=rise)  # the goal itself where the channel falls
+    np.maximum(np.minimum(fall, now, out=fall), goal, out=fall)  # the goal itself where it rises
     rise += fall
     rise -= goal
-    planes[:] = rise
-    return planes
+    return rise
 
 
-def _close_ring(ring: NDArray[np.int16]) -> None:
+def _close_ring(ring: Planes) -> None:
     ring[0], ring[4] = ring[3], ring[1]
 
 
