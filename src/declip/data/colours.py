@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from declip.data.decode import Pixels
+
 Planes = NDArray[np.float32]  # [3, height * width], grey levels 0..255
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as PIL's mode L
@@ -17,7 +19,7 @@ _BLUR_PASSES = 3  # PIL's Gaussian blur is three box blurs
 # OpenBLAS computes products of up to 64 ** 3 multiplications on one thread. Larger ones would start threads in every
 # loader worker, so these are left to PyTorch, whose threads a worker has switched off.
 _LARGEST_PRODUCT = 64
-_BLUR_BLOCK = 32  # rows that are blurred together: a call costs as much as some zeros that are multiplied
+_BLUR_BLOCK = 24  # rows that are blurred together: a call costs as much as some zeros that are multiplied
 
 
 class Jitter(NamedTuple):
@@ -115,32 +117,47 @@ def _close_ring(ring: Planes) -> None:
     ring[0], ring[4] = ring[3], ring[1]
 
 
-def blur(planes: Planes, size: int, sigma: float) -> Planes:
-    """PIL's GaussianBlur(sigma) of ``[planes, size * size]`` as matrix products; within a level or two of it."""
+def to_pixels(planes: Planes, size: int) -> Pixels:
+    """Round ``[3 or 1, size * size]`` to grey levels and lay it out as ``[size, size, 3]``."""
+    planes += 0.5
+    levels = planes.astype(np.uint8).reshape(-1, size, size)
+    pixels = np.empty((size, size, 3), np.uint8)
+    for channel in range(3):
+        pixels[..., channel] = levels[channel % len(levels)]
+    return pixels
+
+
+def blur(planes: Planes, size: int, sigma: float) -> Pixels:
+    """PIL's GaussianBlur(sigma) as two matrix products, within a level or two of it; then as `to_pixels`."""
     # In steps of 1/64 pixel, which nobody sees, so that few matrices serve all images.
     bands = _blur_bands(size, round(sigma * 64))
     if size <= _LARGEST_PRODUCT:
         matrix = bands[0][2].numpy()
-        return np.asarray(matrix @ planes.reshape(-1, size, size) @ matrix.T, np.float32).reshape(len(planes), -1)
-    image = torch.from_numpy(planes).view(-1, size, size)
-    down, both = torch.empty_like(image), torch.empty_like(image)
-    for rows, near, band in bands:
-        torch.matmul(band, image[:, near], out=down[:, rows])
-    for rows, near, band in bands:
-        torch.mm(down.view(-1, size)[:, near], band.T, out=both.view(-1, size)[:, rows])
-    return np.asarray(both.view(-1, size * size).numpy(), np.float32)
+        planes = (matrix @ planes.reshape(-1, size, size) @ matrix.T).reshape(len(planes), -1)
+        return to_pixels(planes, size)
+    rows = torch.from_numpy(planes).view(-1, size)
+    for _ in range(2):  # [planes * height, width] -> [width, planes * height] -> [height, width * planes]
+        columns = torch.empty((size, len(rows)))
+        for block, near, band in bands:
+            torch.mm(band, rows[:, near].T, out=columns[block])
+        rows = columns.view(-1, size)
+    levels = columns.numpy()
+    if len(planes) == 1:
+        return to_pixels(levels.reshape(1, -1), size)
+    levels += 0.5
+    return levels.astype(np.uint8).reshape(size, size, 3)
 
 
 @lru_cache(maxsize=256)
 def _blur_bands(size: int, sigma_64: int) -> list[tuple[slice, slice, torch.Tensor]]:
     """The blur matrix without most of its zeros: blocks of rows, the columns where each has values, and the values."""
     matrix, bands = _blur_matrix(size, sigma_64), []
-    block = size if size <= _LARGEST_PRODUCT else _BLUR_BLOCK
-    for start in range(0, size, block):
-        rows = slice(start, min(start + block, size))
-        columns = matrix[rows].any(0).nonzero()
+    step = size if size <= _LARGEST_PRODUCT else _BLUR_BLOCK
+    for start in range(0, size, step):
+        block = slice(start, min(start + step, size))
+        columns = matrix[block].any(0).nonzero()
         near = slice(int(columns[0]), int(columns[-1]) + 1)
-        bands.append((rows, near, matrix[rows, near].clone()))
+        bands.append((block, near, matrix[block, near].clone()))
     return bands
 
 

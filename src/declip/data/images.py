@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from declip.data.colours import Jitter, Planes, blur, change_colours, grey_of
+from declip.data.colours import Jitter, blur, change_colours, grey_of, to_pixels
 from declip.data.decode import ImageFile, Pixels
 from declip.pairs import ImageViews
 
@@ -164,15 +164,13 @@ def make_view(image: Pixels, size: int, view: View) -> Pixels:
     if view.jitter is None and not view.grayscale and view.sigma is None:
         return pixels
     planes = np.empty((3, size * size), np.float32)
-    for channel in range(3):  # three strided copies are several times faster than one transposition, here and below
+    for channel in range(3):  # three strided copies are several times faster than one transposition
         planes[channel] = pixels[..., channel].reshape(-1)
     if view.jitter is not None:
         planes = change_colours(planes, view.jitter)
     if view.grayscale:
         planes = grey_of(planes)[None]  # one plane stands for three from here on
-    if view.sigma is not None:
-        planes = blur(planes, size, view.sigma)
-    return _interleave(planes, size)
+    return to_pixels(planes, size) if view.sigma is None else blur(planes, size, view.sigma)
 
 
 def _resize(image: Pixels, size: int, view: View) -> Pixels:
@@ -185,13 +183,3 @@ def _resize(image: Pixels, size: int, view: View) -> Pixels:
     if view.flip:  # last in the published order; it commutes with all else and costs least here
         resized = resized.flip(3)
     return np.asarray(resized.numpy()[0].transpose(1, 2, 0), np.uint8)
-
-
-def _interleave(planes: Planes, size: int) -> Pixels:
-    """Round ``[3 or 1, size * size]`` to grey levels and lay it out as ``[size, size, 3]``."""
-    planes += 0.5
-    levels = planes.astype(np.uint8).reshape(-1, size, size)
-    pixels = np.empty((size, size, 3), np.uint8)
-    for channel in range(3):
-        pixels[..., channel] = levels[channel % len(levels)]
-    return pixels
