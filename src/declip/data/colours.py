@@ -155,7 +155,7 @@ def _blur_bands(size: int, sigma_64: int) -> list[tuple[slice, slice, torch.Tens
     step = size if size <= _LARGEST_PRODUCT else _BLUR_BLOCK
     for start in range(0, size, step):
         block = slice(start, min(start + step, size))
-        columns = matrix[block].any(0).nonzero()
+        columns = np.flatnonzero(matrix[block].numpy().any(axis=0))
         near = slice(int(columns[0]), int(columns[-1]) + 1)
         bands.append((block, near, matrix[block, near].clone()))
     return bands
@@ -170,10 +170,19 @@ def _blur_matrix(size: int, sigma_64: int) -> torch.Tensor:
     variance = (sigma_64 / 64) ** 2 / _BLUR_PASSES
     inner = int((math.sqrt(12 * variance + 1) - 1) / 2)
     edge = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance) / (6 * (variance - (inner + 1) ** 2))
-    rows = np.arange(size)
-    weights = {offset: edge if abs(offset) > inner else 1.0 for offset in range(-inner - 1, inner + 2)}
-    matrix = np.eye(size)
-    for _ in range(_BLUR_PASSES):
-        matrix = sum(weight * matrix[(rows + offset).clip(0, size - 1)] for offset, weight in weights.items())
-        matrix /= sum(weights.values())
-    return torch.from_numpy(matrix).float()
+    # An image in which the two edges are just out of each other's sight tells of all larger ones.
+    reach = _BLUR_PASSES * (inner + 1)
+    small, half = min(size, 4 * reach), 2 * reach
+    rows = np.arange(small)
+    box = np.zeros((small, small))
+    for offset in range(-inner - 1, inner + 2):
+        np.add.at(box, (rows, (rows + offset).clip(0, small - 1)), edge if abs(offset) > inner else 1.0)
+    blurred = torch.from_numpy(box / (2 * (inner + edge) + 1)).matrix_power(_BLUR_PASSES).float()
+    if small == size:
+        return blurred
+    matrix = np.zeros((size, size), np.float32)
+    matrix[:half, :small], matrix[-half:, -small:] = blurred[:half], blurred[half:]
+    rows = np.arange(half, size - half)
+    for offset in range(-reach, reach + 1):
+        matrix[rows, rows + offset] = blurred[half, half + offset].item()
+    return torch.from_numpy(matrix)
