@@ -83,7 +83,7 @@ def _hue(planes: Planes, shift: float) -> Planes:
 
     Turning by 60 degrees is exact and cheap: each channel x becomes high + low - y, with y the next channel and
     high, low the pixel's extremes. Within 60 degrees a channel goes from its old to its new value with slope
-    high - low, either at once and then rests, or rests first; both follow from the two clamps below, so no pixel has
+    high - low, either at once and then rests, or rests first; both follow from the clamps below, so no pixel has
     to be told which sixth of the circle it is in.
     """
     if shift == 0:
@@ -99,28 +99,20 @@ def _hue(planes: Planes, shift: float) -> Planes:
         _close_ring(ring)
         now[:] = (high + low) - following
     _close_ring(ring)
-    chroma = high - low
-    first = chroma * np.float32(part)  # how far a channel gets that moves at once
-    late = chroma - first  # how far behind its goal is one that rests first
-    change = (high + low) - (now + following)
-    rise = (high - late) - following
-    fall = (high - first) - following
-    zeros = _zeros(planes.shape[1])
-    np.maximum(np.minimum(rise, change, out=rise), zeros, out=rise)
-    np.minimum(np.maximum(fall, change, out=fall), zeros, out=fall)
-    now += rise
-    now += fall
-    return now
+    way = (high - low) * np.float32(part)
+    goal = (high + low) - following
+    rise = now - following
+    fall = rise + (high - way)
+    rise += low + way
+    np.minimum(np.maximum(rise, now, out=rise), goal, out=rise)  # the goal itself where the channel falls
+    np.maximum(np.minimum(fall, now, out=fall), goal, out=fall)  # the goal itself where it rises
+    rise += fall
+    rise -= goal
+    return rise
 
 
 def _close_ring(ring: Planes) -> None:
     ring[0], ring[4] = ring[3], ring[1]
-
-
-@lru_cache(maxsize=8)
-def _zeros(pixels: int) -> Planes:
-    # Minimum and maximum of two arrays are vectorised, of an array and a number they are not (three times slower).
-    return np.zeros((3, pixels), np.float32)
 
 
 def blur(planes: Planes, size: int, sigma: float) -> Planes:
@@ -162,7 +154,9 @@ def _blur_matrix(size: int, sigma_64: int) -> torch.Tensor:
     inner = int((math.sqrt(12 * variance + 1) - 1) / 2)
     edge = (2 * inner + 1) * (inner * (inner + 1) - 3 * variance) / (6 * (variance - (inner + 1) ** 2))
     rows = np.arange(size)
-    box = np.zeros((size, size))
-    for offset in range(-inner - 1, inner + 2):
-        np.add.at(box, (rows, (rows + offset).clip(0, size - 1)), edge if abs(offset) > inner else 1.0)
-    return torch.from_numpy(box / (2 * (inner + edge) + 1)).matrix_power(_BLUR_PASSES).float()
+    weights = {offset: edge if abs(offset) > inner else 1.0 for offset in range(-inner - 1, inner + 2)}
+    matrix = np.eye(size)
+    for _ in range(_BLUR_PASSES):
+        matrix = sum(weight * matrix[(rows + offset).clip(0, size - 1)] for offset, weight in weights.items())
+        matrix /= sum(weights.values())
+    return torch.from_numpy(matrix).float()

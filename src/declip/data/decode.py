@@ -56,12 +56,12 @@ class ImageFile:
             return self._pixels
         while self._orientation > 1 and (self.height % reduction or self.width % reduction):
             reduction //= 2  # the last pixel is half outside, and turned it would come first and move all others
-        shape = [-(-side // reduction) for side in (self.height, self.width)]
+        least = [-(-side // reduction) for side in (self.height, self.width)]
         if self._orientation > 4:
-            shape.reverse()
+            least.reverse()
         try:
             # A warning is an error here: Pillow, which is the slower one, then decides whether there is an image.
-            pixels = simplejpeg.decode_jpeg(self._data, min_height=shape[0], min_width=shape[1])
+            pixels = simplejpeg.decode_jpeg(self._data, min_height=least[0], min_width=least[1])
         except ValueError:
             with _opened(self._data) as image:
                 return _decode_by_pillow(image)
