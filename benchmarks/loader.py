@@ -50,28 +50,7 @@ THREE_TEXTS = 'terms.contrastive.texts=["caption","masked","augmented"]'
 def captions(count: int) -> list[str]:
     """Sentences of eight to fourteen words, which come as often as words do: the n-th most frequent one 1/n times."""
     rng = np.random.default_rng(0)
-    common = [
-        "a",
-        "the",
-        "of",
-        "in",
-        "on",
-        "and",
-        "with",
-        "is",
-        "are",
-        "to",
-        "two",
-        "at",
-        "while",
-        "his",
-        "her",
-        "an",
-        "by",
-        "man",
-        "woman",
-        "people",
-    ]
+    common = ["a", "the", "of", "in", "on", "and", "with", "is", "are", "to", "two", "at", "while", "his", "her", "man"]
     words = common + rng.permutation([word for word in load_synonyms() if word.isalpha()]).tolist()
     shares = 1 / (np.arange(len(words)) + 2.7)
     drawn = iter(rng.choice(len(words), 15 * count, p=shares / shares.sum()).tolist())
