@@ -11,6 +11,7 @@ tokens, words: as in peer_text.py.
 
 Each way takes turns over all pairs, in one process and with one thread; processor time, so that other programs do not
 count; medians. Pictures are noise of every scale, as hard to decode as photographs; --data takes those of a source.
+Captions are of words as frequent as words are, many of them rare; --captions takes those of a source.
 Needs what open_clip's training asks for: torchvision, pandas, braceexpand, webdataset <= 0.2.86.
 """
 
@@ -39,6 +40,7 @@ from declip.data.decoded import Images
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import open_sources
 from declip.data.words import load_synonyms
+from declip.pairs import Data
 from declip.recipe import load_recipe
 
 BATCH, SIZE, CONTEXT = 64, 224, 77
@@ -55,6 +57,11 @@ def captions(count: int) -> list[str]:
     shares = 1 / (np.arange(len(words)) + 2.7)
     drawn = iter(rng.choice(len(words), 15 * count, p=shares / shares.sum()).tolist())
     return [" ".join(words[next(drawn)] for _ in range(length)) for length in rng.integers(8, 15, count)]
+
+
+def source_captions(data: str) -> list[str]:
+    source = open_sources([data], Data())
+    return [text for index in range(len(source)) for text in source.captions(index)][:20_000]
 
 
 def write_shards(folder: Path, images: list[bytes], texts: list[str], per_shard: int = 128) -> None:
@@ -158,6 +165,7 @@ def measure(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="a source of pairs, whose images are taken")
+    parser.add_argument("--captions", help="a source of pairs, whose captions are taken")
     parser.add_argument("--pairs", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--textaugment", type=Path, help="folder that textaugment is installed in")
@@ -165,7 +173,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with 1 where a target is missed")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    texts = captions(max(args.pairs, 20_000))
+    texts = source_captions(args.captions) if args.captions else captions(20_000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_shards(folder, image_views.load_images(args.data, 128), texts[: args.pairs])
