@@ -180,3 +180,10 @@ def test_long_captions_are_read_up_to_8192_characters(
 def test_eight_thousand_characters_are_open_clips(tokenizer: Tokenizer, simple: open_clip.SimpleTokenizer) -> None:
     text = ("the quick 😄 brown&amp;fox " * 400)[:8192]
     assert tokenizer.encode(text) == simple.encode(text)
+
+
+def test_words_that_are_one_token_are_what_merging_leads_to() -> None:
+    words = module._whole_words()
+    assert len(words) > 30_000
+    pairs = module._byte_pairs()
+    assert [[token.id for token in pairs.tokenize(word)] for word in words] == [[number] for number in words.values()]

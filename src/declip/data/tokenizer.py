@@ -62,7 +62,7 @@ class Tokenizer:
     def __init__(self, cache_size: int = 2**16) -> None:
         """`cache_size`: of how many words, and of how many captions beyond plain ASCII, the ids are kept."""
         self.cache_size = cache_size
-        self._pairs = _byte_pairs()
+        self._pairs, self._whole = _byte_pairs(), _whole_words()
         self._word = functools.lru_cache(cache_size)(self._encode_word)
         self._caption = functools.lru_cache(cache_size)(self._encode_any)
 
@@ -87,9 +87,12 @@ class Tokenizer:
         # No token spans white space, so words can be looked up one by one. Lower case depends on what stands around a
         # letter (the Greek sigma), so it comes first.
         ids: list[int] = []
-        known = self._word
+        whole, known = self._whole, self._word
         for word in text.lower().split():
-            ids += known(word) if len(word) <= _LONGEST_KEPT_WORD else self._encode_word(word)
+            if (token := whole.get(word)) is not None:
+                ids.append(token)
+            else:
+                ids += known(word) if len(word) <= _LONGEST_KEPT_WORD else self._encode_word(word)
         return ids
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
@@ -109,6 +112,7 @@ class Tokenizer:
 LONGEST_KEPT_CAPTION = 256
 _LONGEST_KEPT_WORD = 64
 
+_END = "</w>"  # of a word
 _SPELLED = {"<start_of_text>": SOT, "<end_of_text>": EOT}
 
 # open_clip's pattern, letter by letter.
@@ -145,14 +149,28 @@ _BYTE_SYMBOLS = _byte_symbols()
 
 @functools.cache
 def _byte_pairs() -> models.BPE:
+    entries = [*_symbols(), *(symbol + _END for symbol in _symbols()), *map("".join, _merges())]
+    return models.BPE({entry: number for number, entry in enumerate(entries)}, _merges(), end_of_word_suffix=_END)
+
+
+@functools.cache
+def _whole_words() -> dict[str, int]:
+    """The words of ASCII letters that are one token. Merging leads to it for each of them, as a test makes sure."""
+    words = {"".join(merge): number for number, merge in enumerate(_merges(), 2 * len(_symbols()))}
+    bodies = ((entry.removesuffix(_END), number) for entry, number in words.items() if entry.endswith(_END))
+    return {word: number for word, number in bodies if word.isascii() and word.isalpha()}
+
+
+def _symbols() -> list[str]:
+    return [chr(symbol) for symbol in _BYTE_SYMBOLS.values()]
+
+
+@functools.cache
+def _merges() -> list[tuple[str, str]]:
     """The vocabulary file of open_clip; importing all of open_clip to find it would take seconds."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
     file = Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
     lines = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : SOT - 512 + 1]
-    merges = [(first, second) for first, second in (line.split() for line in lines)]
-    symbols = [chr(symbol) for symbol in _BYTE_SYMBOLS.values()]
-    entries = [*symbols, *(symbol + "</w>" for symbol in symbols), *(first + second for first, second in merges)]
-    vocabulary = {entry: number for number, entry in enumerate(entries)}
-    return models.BPE(vocabulary, merges, end_of_word_suffix="</w>")
+    return [(first, second) for first, second in (line.split() for line in lines)]
