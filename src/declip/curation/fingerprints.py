@@ -56,13 +56,13 @@ def fingerprint(data: bytes) -> Fingerprint:
         with image:
             kind, size = f"{image.format} {image.mode}", image.size
             if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
+                raise ValueError("too many pixels")
             image.draft("RGB", (_SHORT_SIDE, _SHORT_SIDE))
             image.load()
             turn = image.getexif().get(_ORIENTATION, 1)
             rgb = as_rgb(ImageOps.exif_transpose(image) if turn != 1 else image)
     except Exception as error:  # on broken bytes PIL's readers raise anything from OSError to struct.error
-        raise ValueError(_reason(data, error)) from error
+        raise ValueError(reason(data, error)) from error
     width, height = size[::-1] if turn in (5, 6, 7, 8) else size
     pixels = hashlib.blake2b(rgb.tobytes(), digest_size=8, salt=b"%08x%08x" % (width, height))
     return Fingerprint(
@@ -75,14 +75,16 @@ def hash_bytes(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _reason(data: bytes, error: Exception) -> str:
-    """The same words for the same kind of damage, whatever numbers the library's message has in it."""
+def reason(data: bytes, error: BaseException) -> str:
+    """Why an image cannot be decoded: the same words for the same kind of damage, whatever numbers Pillow says."""
     text = str(error)
     if "cannot identify" in text:
         return "it is a web page or text" if data[:256].lstrip()[:1] in (b"<", b"{") else "no known image format"
     if "truncated" in text:
         return "the image is truncated"
-    return re.sub(r"0x[0-9a-f]+|\d+(?! ?pixels)(?![\d,])", "…", text)[:120] if "pixels" not in text else text
+    if "pixels" in text:
+        return f"it has more than {MOST_PIXELS:,} pixels"
+    return re.sub(r"0x[0-9a-f]+|\d+", "…", text)[:120]
 
 
 def _perceptual(rgb: Image.Image) -> tuple[int, NDArray[np.uint8]]:

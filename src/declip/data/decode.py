@@ -29,21 +29,18 @@ def decode_image(data: bytes) -> Pixels:
     EXIF orientation says. Raises ValueError where the bytes are no image, a broken or truncated one, or one of more
     than MOST_PIXELS, which would fill the memory.
     """
-    with _opened(data) as image:
-        image.load()
-        if image.getexif().get(_ORIENTATION, 1) != 1:
-            return np.array(as_rgb(ImageOps.exif_transpose(image)))
-        return np.array(as_rgb(image))
+    with opened_image(data) as image:
+        return np.array(upright(image))
 
 
 def count_pixels(data: bytes) -> int:
     """How many pixels an image file has, by its header; raises ValueError as `decode_image` does."""
-    with _opened(data) as image:
+    with opened_image(data) as image:
         return image.width * image.height
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def opened_image(data: bytes) -> Iterator[Image.Image]:
     """An image of which only the header is read; whatever goes wrong with it is a ValueError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -52,6 +49,12 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # on broken bytes PIL's readers raise anything from OSError to struct.error
         raise ValueError(f"the image cannot be decoded: {error}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image as its EXIF orientation says, in RGB, transparent parts laid on white."""
+    image.load()
+    return as_rgb(ImageOps.exif_transpose(image) if image.getexif().get(_ORIENTATION, 1) != 1 else image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
