@@ -114,11 +114,11 @@ def _plan(
     for index in _sampled(source.shards).tolist():
         digest.update(json.dumps([source.key(index), source.captions(index)]).encode())
         try:
-            image = kept_pair(source, index, images)[1]
+            pair, image, _ = kept_pair(source, index, images)
         except BrokenPair as error:
             digest.update(error.reason.encode("utf-8", "replace"))
         else:
-            digest.update(image)
+            digest.update(pair.image)
             sizes.append(len(image))
     if shard_pairs is None:
         fitting = int(shard_bytes / np.mean(sizes)) if sizes else SHARD_PAIRS
