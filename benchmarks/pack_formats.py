@@ -7,8 +7,10 @@ written to a temporary folder in each format, as well as the format allows: tar 
 parquet in row groups of 1,000 without compression or dictionaries, Arrow files in batches of 1,000. Then it is read by
 our own sources. window: the loader's order, windows of 8,192 pairs of shuffled shards, as of a set that is far larger;
 random: all over the set. first: from the disk, with whatever the source must first unpack; cold: from the disk again
-(the kernel is told to drop the files); warm: once more. Rates are medians of the repeats, which go through the formats
-in turn. memory: what two forked reader processes have gained together after an epoch (PSS): own, and with mapped files.
+(the kernel is told to drop the files); warm: once more. Rates are pairs a second of one process, medians of the
+repeats, which go through the formats in turn; decoding, how many JPEGs of that size one process decodes, is what they
+have to beat. memory: what two forked reader processes have gained together after an epoch (PSS): own, and with mapped
+files.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
+from declip.data.decode import decode_image
 from declip.data.order import Order
 from declip.data.sources import Source, open_sources
 from declip.pairs import Data
@@ -125,6 +129,22 @@ def read(source: Source, indices: np.ndarray) -> float:
     return len(indices) / (time.perf_counter() - start)
 
 
+def decoding(image_kb: float) -> float:
+    """JPEGs a second, of about 0.28 bytes a pixel."""
+    rng, side = np.random.default_rng(0), 16 * int((1000 * image_kb / 0.28) ** 0.5 / 16)
+    coarse = Image.fromarray(rng.integers(0, 256, (side // 16, side // 16, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC), np.float32)
+    buffer = io.BytesIO()
+    noisy = (smooth + rng.normal(0, 6, (side, side, 1))).clip(0, 255).astype(np.uint8)
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=85)
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        decode_image(buffer.getvalue())
+        times.append(time.perf_counter() - start)
+    return 1 / statistics.median(times)
+
+
 def measure_write(name: str, folder: Path, pairs: int, image_kb: float) -> dict[str, float]:
     start = time.perf_counter()
     for _ in rows(pairs, image_kb):
@@ -205,7 +225,7 @@ def measure(pairs: int, image_kb: float, repeats: int) -> dict[str, dict[str, An
             results[name] |= {key: statistics.median(one[key] for one in several) for key in several[0]}
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:  # this process has memory to give back
                 results[name] |= fresh.submit(measure_memory, Path(root) / name, Path(root) / "cache").result()
-            results[name]["read_by"] = READ_BY[name]
+            results[name] |= {"decoding": decoding(image_kb), "read_by": READ_BY[name]}
     return results
 
 

@@ -77,20 +77,21 @@ def pack(
     source = open_sources(specs, data, need_captions=False)
     images = Images(resize, quality)
     plan = _plan(specs, source, data, images, shard_pairs, shard_bytes)
-    starts = range(0, len(source), plan["shard_pairs"])
+    count = -(-len(source) // plan["shard_pairs"])
+    names = [f"{number:0{max(5, len(str(count - 1)))}d}.tar" for number in range(count)]
     with _begun(out, plan):
         reports = _done(out)
-        shards = _Shards(source, out, images, plan["shard_pairs"], RawArray(ctypes.c_int64, len(starts) + 1))
+        shards = _Shards(source, out, names, images, plan["shard_pairs"], RawArray(ctypes.c_int64, count + 1))
         todo = []
-        for number in range(len(starts)):
-            report = reports.get(name := shard_name(number))
+        for number, name in enumerate(names):
+            report = reports.get(name)
             if report and _size(out / name) == report["bytes"]:
                 shards.seen[number] = len(shards.indices(number))
             else:
                 todo.append(number)
         for report in _written(shards, todo, workers, progress):
             reports[report["file"]] = report
-        return _finished(out, plan, source, [reports[shard_name(number)] for number in range(len(starts))], len(todo))
+        return _finished(out, plan, source, [reports[name] for name in names], len(todo))
 
 
 def _check(resize: int | None, quality: int, shard_pairs: int | None, shard_bytes: int) -> None:
@@ -99,10 +100,6 @@ def _check(resize: int | None, quality: int, shard_pairs: int | None, shard_byte
             raise InputError(f"{name} is {value}: give a number of one or more.")
     if not 1 <= quality <= 100:
         raise InputError(f"quality is {quality}: give a number from 1 to 100.")
-
-
-def shard_name(number: int) -> str:
-    return f"{number:05d}.tar"
 
 
 def _plan(
@@ -161,10 +158,13 @@ def _begun(out: Path, plan: dict[str, Any]) -> Iterator[None]:
         for path in out.glob(f".{UNFINISHED}.*.tmp"):  # of a process that was killed as soon as it began
             path.unlink(missing_ok=True)
         check_unused(out, "give another folder")
+    try:
         out.mkdir(parents=True, exist_ok=True)
-    if not unfinished.exists():
-        _write_json(unfinished, plan)
-    (out / "log").mkdir(exist_ok=True)
+        if not unfinished.exists():
+            _write_json(unfinished, plan)
+        (out / "log").mkdir(exist_ok=True)
+    except PermissionError as error:
+        raise InputError(f"{out} cannot be written to ({first_line(error)}): give another folder.") from None
     with unfinished.open("r+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -195,6 +195,7 @@ class _Shards:
 
     source: Source
     out: Path
+    names: list[str]
     images: Images
     shard_pairs: int
     seen: Any
@@ -210,7 +211,7 @@ class _Shards:
             if tick:
                 tick()
 
-        path = self.out / shard_name(number)
+        path = self.out / self.names[number]
         report = write_shard(path, self.source, self.indices(number), self.images, seen)
         index = index_writer(str(path), path, Storage.of(Data()).version(str(path)))
         write_atomically(Path(f"{path}.index"), index, several=True)
@@ -332,7 +333,7 @@ def _json(path: Path) -> dict[str, Any] | None:
     """What a file holds; None where there is none."""
     try:
         value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read: {first_line(error)}.") from None

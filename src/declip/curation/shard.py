@@ -62,7 +62,7 @@ class Images:
         scale = (self.resize or 1) / min(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         buffer = io.BytesIO()
-        image.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=self.quality)
+        image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=self.quality)
         return buffer.getvalue()
 
 
