@@ -10,10 +10,13 @@ import random
 import signal
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from declip.curation import shard as module
 from declip.curation.pack import pack, print_packed, print_verified, verify
 from declip.curation.shard import Images, safe_key, valid, write_shard
 from declip.data.decode import decode_image
-from declip.data.sources import BrokenPair, Pair, open_sources
+from declip.data.sources import Pair, open_sources
 from declip.data.sources.base import clean_captions
 from declip.data.sources.tar import open_tar
 from declip.errors import InputError, RunStopped
@@ -401,6 +404,28 @@ def test_open_clip_reads_it(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_from_a_server(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    (tmp_path / "far").mkdir()
+    for number in range(3):
+        rows = [pair(10 * number + n) for n in range(10)]
+        pack([str(write_pairs(tmp_path / "a.parquet", rows))], tmp_path / f"{number}", Data(), workers=0)
+        (tmp_path / f"{number}" / "00000.tar").rename(tmp_path / "far" / f"{number}.tar")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "far")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{{0..2}}.tar"
+    result = pack([url], tmp_path / "out", Data(index_folder=str(tmp_path / "cache")), shard_pairs=7, workers=2)
+    server.shutdown()
+    assert (result["pairs"], result["shards"]) == (30, 5)
+    source = open_sources([str(tmp_path / "out")], Data())
+    assert [source[i].image for i in range(30)] == [picture(i) for i in range(30)]
+
+
 def test_what_is_printed(tmp_path: Path) -> None:
     rows = [pair(0), {**pair(1), "image": b"[red]x"}]
     result = pack([str(write_pairs(tmp_path / "a.parquet", rows))], tmp_path / "[b]", Data(), workers=0)
@@ -411,8 +436,3 @@ def test_what_is_printed(tmp_path: Path) -> None:
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"1 of 2 pairs in 1 shards, 0.0 MB: {tmp_path}/[b]\nleft out: 1, no known image format" in said
     assert "1 shards with 1 pairs are as they were written.\nchanged: 00000.tar\nDelete" in said
-
-
-def test_broken_pairs_are_named_once(tmp_path: Path) -> None:
-    with pytest.raises(BrokenPair, match="neither a caption nor a label"):
-        module.kept_pair(Listed([Pair("a", picture(1), (), None, "here")]), 0, Images(None, 90))  # type: ignore[arg-type]

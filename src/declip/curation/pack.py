@@ -9,6 +9,7 @@ import ctypes
 import fcntl
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -65,9 +66,10 @@ def pack(
     byte for byte. shard_pairs: of a shard (default: as many as take about `shard_bytes`, at most SHARD_PAIRS, less in
     a small set). workers: processes (0: this one); their number changes nothing in the shards.
 
-    Every image is decoded once. Broken pairs are left out, and ``out/log/left-out.jsonl`` names each with the reason.
-    ``out/manifest.json`` says what is there, with a SHA-256 of each shard. Stopped or killed at any point, the same
-    call goes on with the shards that are not there; so it does where a shard is missing later.
+    Keys become names that a tar may hold, numbered where a shard has one twice; .json then has the key as it was. Every
+    image is decoded once. Broken pairs are left out however many there are, and ``out/log/left-out.jsonl`` names each
+    with the reason. ``out/manifest.json`` says what is there, with a SHA-256 of each shard. Stopped or killed at any
+    point, the same call goes on with the shards that are not there; so it does where a shard is missing later.
 
     Returns ``{"data", "out", "source_pairs", "pairs", "left_out": {reason: count}, "shards", "bytes", "written"}``:
     `pairs` are those in the shards, and `written` is the number of shards that this call wrote. Raises InputError where
@@ -247,8 +249,7 @@ def _written(shards: _Shards, todo: list[int], workers: int, progress: Progress 
 def _finished(out: Path, plan: dict[str, Any], source: Source, reports: list[Report], written: int) -> dict[str, Any]:
     """Write what is known of the whole."""
     left_out = [row for report in reports for row in report["left_out"]]
-    reasons = [short_reason(row["reason"]) for row in left_out]
-    counts = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+    counts = dict(Counter(short_reason(row["reason"]) for row in left_out))
     pairs, size = (sum(report[name] for report in reports) for name in ("pairs", "bytes"))
     if not pairs:
         first = f"{left_out[0]['place']}: {left_out[0]['reason']}"
