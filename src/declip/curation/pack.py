@@ -1,6 +1,9 @@
 """Pairs of any source as tar shards with an index each: fast to read at random, and open_clip's own format.
 
-Of tar with an index, parquet and Arrow files tar was chosen by `benchmarks/pack_formats.py`.
+Why tar and not parquet or Arrow files, by `benchmarks/pack_formats.py` with 50,000 pairs of 20 kB: open_clip and
+webdataset read it as it is. Two readers take 17 MB of memory, where Arrow files are mapped whole (1 GB), and parquet
+needs a second, unpacked copy on the disk as well. From the disk it gives 8,500 pairs a second, three times as many as
+the same process decodes, so that Arrow's 32,000 would gain little. The price is 14 % more room (3 % at 100 kB each).
 """
 
 from __future__ import annotations
