@@ -21,7 +21,7 @@ def answer(capsys: Capture, *arguments: str) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("command", ["inspect", "dedup"])
+@pytest.mark.parametrize("command", ["inspect", "dedup", "pack", "verify"])
 def test_help_has_an_example(command: str, capsys: Capture) -> None:
     with pytest.raises(SystemExit):
         main(["data", command, "--help"])
@@ -52,6 +52,21 @@ def test_dedup(pairs: Path, tmp_path: Path, capsys: Capture) -> None:
     assert len(open_sources([str(out)], Data())) == 40
     assert main(["data", "dedup", str(pairs), "--out", str(out)]) == 2
     assert "already holds files" in capsys.readouterr().err
+
+
+def test_pack_and_verify(pairs: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "packed"
+    for written in (1, 0):  # the second call has nothing left to do
+        done = answer(capsys, "data", "pack", str(pairs), str(out), "--resize", "10", "--workers", "1")
+        assert (done["source_pairs"], done["pairs"], done["written"]) == (40, 40, written)
+    assert len(open_sources([str(out)], Data())) == 40
+    assert main(["data", "verify", str(out)]) == 0
+    assert "1 shard with 40 pairs: all as they were written" in capsys.readouterr().out
+    (out / "00000.tar").write_bytes(b"something else")
+    assert main(["data", "verify", str(out), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["changed"] == ["00000.tar"]
+    assert main(["data", "pack", str(pairs), str(out)]) == 2
+    assert "holds a pack of other data or with other options (resize)" in capsys.readouterr().err
 
 
 def test_options_of_the_data_section(tmp_path: Path, pairs: Path, capsys: Capture) -> None:

@@ -84,11 +84,18 @@ def test_captions_and_labels_of_json(tmp_path: Path) -> None:
     members = [("a.jpg", b"A"), ("a.json", json.dumps({"caption": " one ", "label": 3, "alt": "x"}).encode())]
     members += [("b.jpg", b"B"), ("b.json", b'{"captions": ["two", 5, "three"]}'), ("b.cls", b"dog\n")]
     members += [("c.jpg", b"C"), ("c.txt", b"own"), ("c.json", b"no json")]
+    members += [("d.jpg", b"D"), ("d.txt", b"one\n"), ("d.json", b'{"captions": ["two", "one "]}')]
+    members += [("e.jpg", b"E"), ("e.txt", b"own"), ("e.json", b'{"captions": ["alt", "title"]}')]
+    members += [("f.jpg", b"F"), ("f.cls", b"7")]
     source = opened(write_tar(tmp_path / "a.tar", members))
-    assert [(pair.captions, pair.label) for pair in map(source.__getitem__, range(3))] == [
+    assert source.problems == []
+    assert [(pair.captions, pair.label) for pair in map(source.__getitem__, range(6))] == [
         (("one",), "3"),
         (("two", "three"), "dog"),
         (("own",), None),
+        (("two", "one"), None),  # all of .json, as it holds what .txt says
+        (("own",), None),
+        ((), "7"),
     ]
     assert opened(tmp_path / "a.tar", captions=["alt"]).captions(0) == ("x",)
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         return _fail(f"the disk is full{where}: make room and run the command again.")
-    return DONE
+    return int(args.code)
 
 
 def _fail(sentence: str, code: int = WRONG_INPUT) -> int:
@@ -95,7 +95,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"declip {declip.__version__}")
-    parser.set_defaults(run=lambda args: parser.print_help(), json=False, rest=None)
+    parser.set_defaults(run=lambda args: parser.print_help(), json=False, rest=None, code=DONE)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for add in (_add_demo, _add_train, _add_evaluate, add_data, _add_convert, _add_recipes):
         add(commands)

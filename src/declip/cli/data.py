@@ -20,7 +20,7 @@ def add_data(commands: Any) -> None:
     parser = commands.add_parser("data", help="look into pairs, drop copies, pack into fast shards")
     parser.set_defaults(run=lambda args: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_inspect, _add_dedup):
+    for add in (_add_inspect, _add_dedup, _add_pack, _add_verify):
         add(commands)
 
 
@@ -46,6 +46,27 @@ def _add_dedup(commands: Any) -> None:
     parser.add_argument(
         "--own-captions", action="store_true", help="do not give the pair that stays the captions of its copies"
     )
+
+
+def _add_pack(commands: Any) -> None:
+    about = "write pairs to fast tar shards with their index, a manifest and checksums; run again, it goes on"
+    parser = command(commands, "pack", _pack, about, "declip data pack pairs.parquet packed --resize 256")
+    parser.add_argument("data", metavar="SRC", nargs="+", help=PAIRS)
+    parser.add_argument("folder", metavar="DST", help="folder for the shards, empty, not there or a pack to finish")
+    parser.add_argument(
+        "--resize", type=whole, metavar="N", help="make the shorter side of larger images N pixels (default: keep all)"
+    )
+    parser.add_argument("--quality", type=whole, default=90, metavar="N", help="of resized JPEGs (%(default)s)")
+    parser.add_argument(
+        "--shard-pairs", type=whole, metavar="N", help="pairs of a shard (default: 10,000 or what takes 256 MB)"
+    )
+    parser.add_argument("--workers", type=whole, default=2, metavar="N", help="processes (%(default)s)")
+
+
+def _add_verify(commands: Any) -> None:
+    about = "compare the shards of a pack with the checksums of its manifest; exit code 1 where they differ"
+    parser = command(commands, "verify", _verify, about, "declip data verify packed")
+    parser.add_argument("folder", metavar="DIR", help="what declip data pack wrote")
 
 
 def _about_pairs(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
@@ -109,6 +130,37 @@ def _dedup(args: argparse.Namespace) -> dict[str, Any]:
         )
     if not args.json:
         _print_kept(result)
+    return result
+
+
+def _pack(args: argparse.Namespace) -> dict[str, Any]:
+    specs, data = _sources(args)
+    from declip.curation.pack import pack, print_packed
+
+    with progress_bar() as progress:
+        result = pack(
+            specs,
+            Path(args.folder),
+            data,
+            resize=args.resize,
+            quality=args.quality,
+            shard_pairs=args.shard_pairs,
+            workers=args.workers,
+            progress=progress,
+        )
+    if not args.json:
+        print_packed(result, console())
+    return result
+
+
+def _verify(args: argparse.Namespace) -> dict[str, Any]:
+    from declip.curation.pack import print_verified, verify
+
+    with progress_bar() as progress:
+        result = verify(Path(args.folder), progress)
+    if not args.json:
+        print_verified(result, console())
+    args.code = 0 if result["whole"] else 1
     return result
 
 

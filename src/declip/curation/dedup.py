@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from declip.curation.copies import Copies, common, find_copies
 from declip.curation.duplicates import Pairs
 from declip.curation.scan import Progress, Scan, scan
+from declip.curation.shard import valid
 from declip.data.sources import Pair, Source, open_sources
 from declip.errors import InputError
 from declip.files import check_unused, write_atomically
@@ -183,9 +184,9 @@ def _write_pairs(
                     rows: list[dict[str, Any]] = []
                     while pair is not None and len(rows) < ROWS and size < FILE_BYTES:
                         size += len(pair.image)
-                        captions = [_valid(text) for text in pair.captions]
+                        captions = [valid(text) for text in pair.captions]
                         rows.append(
-                            {"key": _valid(pair.key), "image": pair.image, "captions": captions, "label": pair.label}
+                            {"key": valid(pair.key), "image": pair.image, "captions": captions, "label": pair.label}
                         )
                         pair = next(pairs, None)
                     writer.write_table(pa.Table.from_pylist(rows, _SCHEMA), row_group_size=ROWS)
@@ -193,11 +194,6 @@ def _write_pairs(
         write_atomically(out / f"part-{number:05d}.parquet", write)
         number += 1
     return number
-
-
-def _valid(text: str) -> str:
-    """Text that Arrow takes: half characters, as a broken JSON file has them, become question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _kept(

@@ -7,24 +7,21 @@ changes little, and a thumbnail that settles whether two pictures with similar h
 from __future__ import annotations
 
 import hashlib
-import io
 import re
-import warnings
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from declip.data.decode import MOST_PIXELS, as_rgb
+from declip.data.decode import MOST_PIXELS, opened_image, orientation, pixels_of
 
 THUMBNAIL = 16 * 16 + 2 * 8 * 8
 """Bytes of a thumbnail: 16 x 16 grey levels, then 8 x 8 of each colour difference (Cb, Cr)."""
 
 _SHORT_SIDE = 64  # JPEGs are decoded at the lowest scale that leaves at least so many pixels a side
 _SIDE = 32  # the perceptual hash is taken of so many pixels a side
-_ORIENTATION = 0x0112  # EXIF's tag
 
 
 class Fingerprint(NamedTuple):
@@ -50,20 +47,14 @@ def fingerprint(data: bytes) -> Fingerprint:
     hash is that of the reduced picture.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-        with image:
-            kind, size = f"{image.format} {image.mode}", image.size
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"it has more than {MOST_PIXELS:,} pixels")
+        with opened_image(data) as image:
+            kind, (width, height) = f"{image.format} {image.mode}", image.size
             image.draft("RGB", (_SHORT_SIDE, _SHORT_SIDE))
-            image.load()
-            turn = image.getexif().get(_ORIENTATION, 1)
-            rgb = as_rgb(ImageOps.exif_transpose(image) if turn != 1 else image)
-    except Exception as error:  # on broken bytes PIL's readers raise anything from OSError to struct.error
-        raise ValueError(_reason(data, error)) from error
-    width, height = size[::-1] if turn in (5, 6, 7, 8) else size
+            rgb = Image.fromarray(pixels_of(image))
+            if orientation(image) > 4:
+                width, height = height, width
+    except ValueError as error:
+        raise ValueError(reason(data, error.__cause__ or error)) from error
     pixels = hashlib.blake2b(rgb.tobytes(), digest_size=8, salt=b"%08x%08x" % (width, height))
     return Fingerprint(
         width, height, kind, hash_bytes(data), int.from_bytes(pixels.digest(), "little"), *_perceptual(rgb)
@@ -75,14 +66,16 @@ def hash_bytes(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _reason(data: bytes, error: Exception) -> str:
-    """The same words for the same kind of damage, whatever numbers the library's message has in it."""
+def reason(data: bytes, error: BaseException) -> str:
+    """Why an image cannot be decoded: the same words for the same kind of damage, whatever numbers Pillow says."""
     text = str(error)
     if "cannot identify" in text:
         return "it is a web page or text" if data[:256].lstrip()[:1] in (b"<", b"{") else "no known image format"
     if "truncated" in text:
         return "the image is truncated"
-    return re.sub(r"0x[0-9a-f]+|\d+(?! ?pixels)(?![\d,])", "…", text)[:120] if "pixels" not in text else text
+    if "pixels" in text:
+        return f"it has more than {MOST_PIXELS:,} pixels"
+    return re.sub(r"0x[0-9a-f]+|\d+", "…", text)[:120]
 
 
 def _perceptual(rgb: Image.Image) -> tuple[int, NDArray[np.uint8]]:

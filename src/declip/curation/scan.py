@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from declip.curation.fingerprints import THUMBNAIL, fingerprint, hash_bytes
+from declip.curation.processes import in_processes
 from declip.curation.words import caption_hash, not_language, script
 from declip.data.captions import Tokenizer
 from declip.data.sources import BrokenPair, Source
-from declip.errors import RunStopped
 
 Progress = Callable[[str, int, int], None]
 
@@ -26,7 +21,6 @@ EXAMPLES = 8
 """Places that are kept of each thing found."""
 
 _CHUNK = 128  # pairs that a process works through at a time
-_AHEAD = 4  # chunks a process: what waits is bounded
 
 PAIR = np.dtype(
     [
@@ -122,42 +116,14 @@ def scan(source: Source, workers: int, progress: Progress | None = None, what: s
 
 def _parts(source: Source, workers: int) -> Iterator[_Part]:
     chunks = [range(low, min(low + _CHUNK, len(source))) for low in range(0, len(source), _CHUNK)]
-    if workers == 0 or len(chunks) == 1:
-        look = _Look(source)
-        yield from map(look, chunks)
-        return
     Tokenizer()  # loaded here, forked processes share it
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(min(workers, len(chunks)), context, _begin, (source,))
-    waiting: deque[Future[_Part]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_work, chunk))
-            if len(waiting) > _AHEAD * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise RunStopped(
-            "A process that reads pairs has died. Where memory ran out, take fewer processes with --workers."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    died = "A process that reads pairs has died. Where memory ran out, take fewer processes with --workers."
+    return in_processes(_Look, (source,), chunks, workers, died=died)
 
 
-_look: _Look | None = None  # of a worker process
-
-
-def _begin(source: Source) -> None:
-    global _look
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
-    _look = _Look(source)
-
-
-def _work(indices: range) -> _Part:
-    if _look is None:
-        raise RuntimeError("the worker process was not set up")
-    return _look(indices)
+def short_reason(reason: str) -> str:
+    """Without a file's name in front, which would make each a reason of its own."""
+    return reason.rpartition(": ")[2]
 
 
 class _Look:
@@ -180,9 +146,7 @@ class _Look:
                 self._image(part, row, index)
             except BrokenPair as error:
                 part.pairs[row]["broken"] = True
-                # A file's name in the reason would make each a reason of its own.
-                reason = error.reason if ": " not in error.reason else error.reason.rpartition(": ")[2]
-                part.broken.setdefault(reason, Found()).add(1, [(index, error.where)])
+                part.broken.setdefault(short_reason(error.reason), Found()).add(1, [(index, error.where)])
         return part
 
     def _image(self, part: _Part, row: int, index: int) -> None:

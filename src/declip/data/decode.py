@@ -36,14 +36,14 @@ class ImageFile:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._pixels: Pixels | None = None
-        with _opened(data) as image:
+        with opened_image(data) as image:
             if image.format == "JPEG" and image.mode in ("RGB", "L"):
-                self._orientation = _orientation(image)
+                self._orientation = orientation(image)
                 self.height, self.width = image.height, image.width
                 if self._orientation > 4:
                     self.height, self.width = image.width, image.height
             else:
-                self._pixels = _decode_by_pillow(image)
+                self._pixels = pixels_of(image)
                 self.height, self.width = self._pixels.shape[:2]
 
     def decode(self, reduction: int = 1) -> Pixels:
@@ -63,8 +63,8 @@ class ImageFile:
             # A warning is an error here: Pillow, which is the slower one, then decides whether there is an image.
             pixels = simplejpeg.decode_jpeg(self._data, min_height=least[0], min_width=least[1])
         except ValueError:
-            with _opened(self._data) as image:
-                return _decode_by_pillow(image)
+            with opened_image(self._data) as image:
+                return pixels_of(image)
         return _upright(pixels, self._orientation)
 
 
@@ -75,12 +75,12 @@ def decode_image(data: bytes) -> Pixels:
 
 def count_pixels(data: bytes) -> int:
     """How many pixels an image file has, by its header; raises ValueError as `ImageFile` does."""
-    with _opened(data) as image:
+    with opened_image(data) as image:
         return image.width * image.height
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
+def opened_image(data: bytes) -> Iterator[Image.Image]:
     """An image of which only the header is read; whatever goes wrong with it is a ValueError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -91,16 +91,17 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError(f"the image cannot be decoded: {error}") from error
 
 
-def _decode_by_pillow(image: Image.Image) -> Pixels:
+def pixels_of(image: Image.Image) -> Pixels:
+    """An opened image as RGB ``[height, width, 3]``, upright, transparent parts laid on white."""
     image.load()
     # Only now, as in a PNG file EXIF may follow the pixels.
-    return _upright(np.array(as_rgb(image)), _orientation(image))
+    return _upright(np.array(as_rgb(image)), orientation(image))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """How an image is stored, 1 to 8; 1 is upright, and above 4 rows are stored as columns."""
-    orientation = image.getexif().get(_ORIENTATION)
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+    told = image.getexif().get(_ORIENTATION)
+    return told if isinstance(told, int) and 1 <= told <= 8 else 1
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

@@ -26,6 +26,9 @@ KINDS = (
     "folder, a Hugging Face dataset on disk, or " + ", ".join(f"demo:{name}" for name in DEMOS)
 )
 
+UNFINISHED = "unfinished.json"
+"""In a folder that `declip data pack` has not filled yet."""
+
 _SUFFIXES = (".tar", ".parquet", *TEXT_TABLES, *ARROW_FILES)
 _SPLIT = re.compile(r"\w+-\d+-of-\d+(-\w+)?\.parquet")  # as the hub names them
 
@@ -96,6 +99,8 @@ def _open_folder(spec: str, folder: str, data: Data, need_captions: bool) -> Sou
         return open_dataset(spec, Path(folder), data, need_captions)
     storage = Storage.of(data)
     there = _shown(storage.files_in(folder))
+    if join(folder, UNFINISHED) in there:
+        raise InputError(f"The pack in {spec} is not finished: run the same `declip data pack` again.")
     if table := _table_in(folder, there):
         return open_text_table(spec, table, data, need_captions)
     for suffixes in ((".tar",), (".parquet",), ARROW_FILES):

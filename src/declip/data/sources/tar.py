@@ -94,12 +94,19 @@ class TarSource:
         return _Shard(shard, self.storage.local(shard, version), index)
 
     def _texts(self, shard: _Shard, row: int) -> tuple[tuple[str, ...], str | None]:
-        """Captions and label: of the members .txt and .cls, else of the fields of .json."""
+        """Captions and label: of the members .txt and .cls, else of the fields of .json.
+
+        A .json that holds the caption of the .txt among others has all of them, as `declip data pack` writes it.
+        """
         fields = _fields(shard.read("json", row))
         names = self.data.captions or CAPTION_NAMES
         text = None if self.data.captions else shard.read("text", row)
         found = next((fields[name] for name in names if fields.get(name)), None)
-        captions = clean_captions([text] if text is not None else _strings(found))
+        captions = clean_captions(_strings(found))
+        if text is not None:
+            own = clean_captions([text])
+            if not own or own[0] not in captions:
+                captions = own
         label = shard.read("label", row)
         if label is not None:
             return captions, label.decode("utf-8", "replace").strip() or None

@@ -6,7 +6,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -198,7 +198,7 @@ def _note_partners(table: pa.Table, problems: Problems) -> None:
     missing = np.asarray(table["image_at"]) < 0
     for index in np.flatnonzero(missing).tolist():
         problems.add("captions without an image", keys[index].as_py())
-    wordless = ~missing & (np.asarray(table["text_at"]) < 0) & (np.asarray(table["json_at"]) < 0)
+    wordless = ~missing & np.all([np.asarray(table[f"{role}_at"]) < 0 for role in ("text", "json", "label")], axis=0)
     for index in np.flatnonzero(wordless).tolist():
         problems.add("images without a caption", keys[index].as_py())
 
@@ -208,6 +208,11 @@ def write_tar_index(path: str, file: Path, version: str, places: Sequence[Path])
 
     file: the shard, or a copy of it; version: what changes when the shard changes.
     """
+    return write_index(path, places, index_writer(path, file, version))
+
+
+def index_writer(path: str, file: Path, version: str) -> Callable[[Path], None]:
+    """Index a shard: returns what writes the index into a file. The arguments are those of ``write_tar_index``."""
     table, problems = make_index(path, file)
     facts = {"format": FORMAT, "shard": version, "pairs": len(table), "problems": problems}
     schema = SCHEMA.with_metadata({"declip": json.dumps(facts)})
@@ -216,4 +221,4 @@ def write_tar_index(path: str, file: Path, version: str, places: Sequence[Path])
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             writer.write_table(table.combine_chunks())
 
-    return write_index(path, places, write)
+    return write
