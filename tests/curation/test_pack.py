@@ -330,5 +330,5 @@ def test_what_is_printed(tmp_path: Path) -> None:
     print_verified(verify(tmp_path / "[b]"), console)
     print_verified({**verify(tmp_path / "[b]"), "changed": ["00000.tar"], "whole": False}, console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert f"1 of 2 pairs in 1 shards, 0.0 MB: {tmp_path}/[b]\nleft out: 1, no known image format" in said
-    assert "1 shards with 1 pairs are as they were written.\nchanged: 00000.tar\nDelete" in said
+    assert f"1 of 2 pairs in 1 shard, 0.0 MB: {tmp_path}/[b]\nleft out: 1, no known image format" in said
+    assert "1 shard with 1 pair: all as they were written.\nchanged: 00000.tar\nDelete" in said
