@@ -159,3 +159,16 @@ def test_fraction_and_holdout_are_independent(tmp_path: Path) -> None:
     held = set(keys(split_holdout(source, 0.5, 0)[1]))
     both = held & set(keys(take_fraction(source, 0.5, 0)))
     assert 70 < len(both) < 130
+
+
+def test_what_is_held_out_of_a_large_set_lies_in_few_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(splits, "BY_KEY", 0)
+    monkeypatch.setattr(splits, "HELD_SHARDS", 3)
+    _, held = split_holdout(Numbers(7000), 0.001, 0)
+    assert len(held) == 7
+    assert len(set(held.indices // 7)) <= 3
+    _, held = split_holdout(Numbers(7000), 0.1, 0)
+    assert len(set(held.indices.tolist())) == 700
+    assert 100 < len(set(held.indices // 7)) <= 200
+    other = split_holdout(Numbers(7000), 0.1, 1)[1]
+    assert other.indices.tolist() != held.indices.tolist()

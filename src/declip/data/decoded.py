@@ -90,12 +90,14 @@ def _try_decode(source: Source, index: int) -> np.ndarray | BrokenPair:
         return error
 
 
-def _mean_decoded_bytes(source: Source, samples: int = 64) -> float:
-    """Mean size of a decoded image, from the headers of a few spread over the set."""
+def _mean_decoded_bytes(source: Source, shards: int = 4, samples: int = 64) -> float:
+    """Mean size of a decoded image, from the headers of a few in a few shards: a remote shard is fetched whole."""
     sizes = []
-    for index in np.linspace(0, len(source) - 1, min(samples, len(source))).astype(int):
-        try:
-            sizes.append(3 * count_pixels(source[int(index)].image))
-        except ValueError:  # BrokenPair is one
-            continue
+    chosen = np.unique(np.linspace(0, len(source.shards) - 2, shards).astype(int))
+    for first, end in zip(source.shards[chosen], source.shards[chosen + 1], strict=True):
+        for index in np.linspace(first, end - 1, min(samples // len(chosen), end - first)).astype(int):
+            try:
+                sizes.append(3 * count_pixels(source[int(index)].image))
+            except ValueError:  # BrokenPair is one
+                continue
     return float(np.mean(sizes)) if sizes else 0.0

@@ -17,6 +17,9 @@ BY_KEY = 2**20
 MOST_HELD = 20_000
 """Held-out pairs of a set that is not split by keys: far more than are judged."""
 
+HELD_SHARDS = 64
+"""Shards that those are in, or as many as have twice so many pairs: stores are read shard by shard."""
+
 
 class Without:
     """A source without some of its pairs, in memory for those alone."""
@@ -60,13 +63,12 @@ def split_holdout(source: Source, share: float, seed: int) -> tuple[Without, Sub
     """Split into (train, held out), a share of the pairs (at least one) held out by the hash of their keys.
 
     Pairs of equal keys stay together, and the split does not depend on the order of the pairs. A share of 0 holds
-    out nothing. Of more than BY_KEY pairs, MOST_HELD at most are held out, by their place instead of their key.
+    out nothing. Of more than BY_KEY pairs, MOST_HELD at most are held out, by their place in a few random shards.
     Raises InputError where nothing would be left to train on.
     """
     count = max(1, round(share * len(source))) if share > 0 else 0
     if len(source) > BY_KEY:
-        places = np.arange(min(count, MOST_HELD))
-        held = np.sort(permuted(places, len(source), (seed, 0, 0)))
+        held = _of_few_shards(source.shards, min(count, MOST_HELD), seed)
     else:
         hashes = _hashes(source, f"holdout {seed}")
         held = np.flatnonzero(hashes <= np.partition(hashes, count - 1)[count - 1]) if count else np.arange(0)
@@ -75,6 +77,18 @@ def split_holdout(source: Source, share: float, seed: int) -> tuple[Without, Sub
             f"{source.name} has too few pairs ({len(source)}) to hold some out: give data.validation or more pairs."
         )
     return Without(source, held), Subset(source, held)
+
+
+def _of_few_shards(shards: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Indices of some pairs, rising, in a few random shards: all that has to be reached to judge them."""
+    total = len(shards) - 1
+    enough = max(HELD_SHARDS, -(-2 * count * total // int(shards[-1])))
+    chosen = np.sort(permuted(np.arange(min(enough, total)), total, (seed, 2, 0)))
+    ends = np.cumsum(shards[chosen + 1] - shards[chosen])
+    count = min(count, int(ends[-1]))
+    places = np.sort(permuted(np.arange(count), int(ends[-1]), (seed, 0, 0)))
+    which = np.searchsorted(ends, places, side="right")
+    return shards[chosen[which] + 1] - ends[which] + places
 
 
 def take_fraction(source: Source, fraction: float, seed: int) -> Source:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ class TarSource:
 
     def _open(self, number: int) -> _Shard:
         shard, version, index, _, _ = self.indexed[number]
-        return _Shard(shard, self.storage.local(shard, version), index)
+        return _Shard(shard, index, lambda: self.storage.local(shard, version))
 
     def _texts(self, shard: _Shard, row: int) -> tuple[tuple[str, ...], str | None]:
         """Captions and label: of the members .txt and .cls, else of the fields of .json.
@@ -118,18 +118,23 @@ class TarSource:
 class _Shard:
     """An open shard with its index mapped."""
 
-    def __init__(self, path: str, copy: Path, index: Path) -> None:
-        self.path = path
+    def __init__(self, path: str, index: Path, local: Callable[[], Path]) -> None:
+        """`local` gives the file to read; it is called once something is read, as a remote shard is fetched then."""
+        self.path, self.local = path, local
         table = pa.ipc.open_file(pa.memory_map(str(index))).read_all()
         self.keys = table["key"]
         self.columns = {name: np.asarray(table[name].combine_chunks()) for name in table.schema.names if name != "key"}
+
+    @cached_property
+    def file(self) -> int:
+        """The descriptor of the open file."""
         try:
-            self.file = os.open(copy, os.O_RDONLY)
+            return os.open(self.local(), os.O_RDONLY)
         except OSError as error:
-            raise InputError(f"{path} cannot be opened: {first_line(error)}.") from None
+            raise InputError(f"{self.path} cannot be opened: {first_line(error)}.") from None
 
     def __del__(self) -> None:
-        if hasattr(self, "file"):
+        if "file" in self.__dict__:
             os.close(self.file)
 
     def key(self, row: int) -> str:
