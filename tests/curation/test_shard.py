@@ -61,7 +61,7 @@ def test_keys_captions_and_labels_of_any_kind(listed: list[tuple[str, tuple[str,
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.tar"
         report = write_shard(path, source, range(len(listed)), Images(None, 90), lambda: None)
-        after = open_tar("a", [str(path)], Data())
+        after = open_tar("a", [str(path)], Data(), False)
         assert (after.problems, len(after), report["pairs"]) == ([], len(listed), len(listed))
         with tarfile.open(path) as tar:
             members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]

@@ -224,7 +224,7 @@ def test_nothing_can_be_read(tiny: MakeRecipe, tmp_path: Path, workers: int) -> 
     # Sized from its headers, such a set would count as small: say that nothing is kept.
     made = maker(recipe)
     made.images.kept = None
-    with pytest.raises(InputError, match=r"^None of the 10 pairs of \S+broken\.parquet can be read\.$"):
+    with pytest.raises(InputError, match=r"^None of the 10 pairs of \S+broken\.parquet can be read; the first: \S+, row \d: the image"):
         list(make_loader(made, 0, 2, workers))
 
 

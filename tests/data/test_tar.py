@@ -40,7 +40,7 @@ def shard(path: Path, first: int = 0, count: int = 5) -> Path:
 
 
 def opened(*paths: Path, **options: Any) -> TarSource:
-    return open_tar("shards", [str(path) for path in paths], Data(**options))
+    return open_tar("shards", [str(path) for path in paths], Data(**options), False)
 
 
 names = st.text(st.characters(codec="utf-8", exclude_characters="/.\0"), min_size=1, max_size=60)

@@ -31,25 +31,32 @@ class Apart:
 
     def batch(self, number: int) -> Indices:
         """Indices of the pairs in global batch `number`: int64 [batch_size]."""
-        block, within = divmod(number, BLOCK)
-        return np.array(self._block(block)[within], np.int64)
+        return self._column(number, 0)
 
-    def _hand_out(self, block: int) -> list[list[int]]:
-        """Each pair to its own batch, else to the next one that has room and nothing equal."""
-        batches: list[list[int]] = [[] for _ in range(BLOCK)]
+    def epochs(self, number: int) -> Indices:
+        return self._column(number, 1)
+
+    def _column(self, number: int, which: int) -> Indices:
+        block, within = divmod(number, BLOCK)
+        return np.array(self._block(block)[within], np.int64)[:, which]
+
+    def _hand_out(self, block: int) -> list[list[tuple[int, int]]]:
+        """Each pair, with its epoch, to its own batch, else to the next one that has room and nothing equal."""
+        batches: list[list[tuple[int, int]]] = [[] for _ in range(BLOCK)]
         seen: list[set[Hashable]] = [set() for _ in range(BLOCK)]
         left = []
         for own in range(BLOCK):
-            for index in self.order.batch(block * BLOCK + own).tolist():
+            number = block * BLOCK + own
+            for index, epoch in zip(self.order.batch(number).tolist(), self.order.epochs(number).tolist(), strict=True):
                 features = {("pair", index), *self.features(index)}  # a pair is always equal to itself
                 for step in range(BLOCK):
                     which = (own + step) % BLOCK
                     if len(batches[which]) < self.batch_size and seen[which].isdisjoint(features):
-                        batches[which].append(index)
+                        batches[which].append((index, epoch))
                         seen[which] |= features
                         break
                 else:
-                    left.append(index)
+                    left.append((index, epoch))
         for batch in batches:
             while len(batch) < self.batch_size:
                 batch.append(left.pop())

@@ -18,6 +18,7 @@ MOST_PIXELS = 2**27
 """Largest image that is decoded: 0.4 GB."""
 
 _ORIENTATION = 0x0112  # EXIF's tag
+_TOPS = {"I": (2**16 - 1,), "F": (1.0, 255.0, 2.0**16 - 1)}  # what may be white where levels are wider than bytes
 
 # Pillow warns of what is damaged or large; here it is an error or does no harm. Once for all, as threads decode too.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -120,6 +121,10 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I;16"):  # PIL clips 16-bit grey levels to 255 instead of scaling them
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):  # as the sixteen bits of a PNG are with some versions of PIL
+        levels = np.nan_to_num(np.asarray(image, np.float64)).clip(0)
+        top = next((top for top in _TOPS[image.mode] if levels.max(initial=0) <= top), levels.max(initial=0))
+        return Image.fromarray((levels * (255 / top)).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         with_alpha = image.convert("RGBA")
         white = Image.new("RGBA", with_alpha.size, (255, 255, 255, 255))

@@ -101,12 +101,12 @@ class BatchMaker(Dataset[Batch | InputError]):
         # With pool=each an item is a caption, and the pair is the one that it belongs to.
         indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
         taken = set(indices.tolist())
+        epochs = self.order.epochs(number)
         rngs = [np.random.default_rng([recipe.seed, first + place, 1]) for place in self.rows]
         for row, (place, rng) in enumerate(zip(self.rows, rngs, strict=True)):
             index, pool, views = self._readable(int(indices[place]), first + place, taken, broken)
-            taken.add(index)
             pairs.append(index)
-            captions.append(self._draw(pool, index, int(items[place]), first + place, rng))
+            captions.append(self._draw(pool, index, int(items[place]), int(epochs[place]), rng))
             for which, (pixels, view) in enumerate(views):
                 images[which, row] = pixels
                 if draws is not None:
@@ -131,7 +131,7 @@ class BatchMaker(Dataset[Batch | InputError]):
     ) -> tuple[int, tuple[str, ...], list[tuple[Pixels, View]]]:
         """The pair itself, or, where it is broken, the next in storage that is not: its index, captions and views."""
         source = self.images.source
-        for candidate in chain([index], self._stand_ins(index, taken)):
+        for candidate in chain([index], self._stand_ins(index, place % self.order.batch_size, taken)):
             try:
                 captions = source.captions(candidate)
                 if not captions:
@@ -142,16 +142,21 @@ class BatchMaker(Dataset[Batch | InputError]):
                 return candidate, captions, views
             except BrokenPair as error:
                 broken.append((candidate, error.where, error.reason))
-        raise InputError(f"None of the {len(source)} pairs of {source.name} can be read.")
+        raise InputError(
+            f"None of the {len(source)} pairs of {source.name} can be read; the first: {broken[0][1]}: {broken[0][2]}."
+        )
 
-    def _stand_ins(self, index: int, taken: set[int]) -> Iterator[int]:
-        """The other pairs in storage order from `index` on; last those of this batch, which would be own negatives."""
-        size = len(self.images.source)
-        for in_batch in (False, True):
+    def _stand_ins(self, index: int, row: int, taken: set[int]) -> Iterator[int]:
+        """The other pairs in storage order from `index` on; last those of this batch, which would be own negatives.
+
+        First those that are this row's alone, so that no pair stands in for two, whichever rank makes their rows.
+        """
+        size, rows = len(self.images.source), self.order.batch_size
+        for in_batch, mine in ((False, True), (False, False), (True, True), (True, False)):
             for step in range(1, size):
-                candidate = (index + step) % size
-                if (candidate in taken) == in_batch:
-                    yield candidate
+                other = (index + step) % size
+                if (other in taken, other % rows == row) == (in_batch, mine):
+                    yield other
 
     def _texts(
         self, captions: list[list[str]], rngs: list[np.random.Generator]
@@ -175,7 +180,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         padded = [np.pad(t, ((0, 0), (0, longest - t.shape[1])), constant_values=special.pad) for t in views]
         return np.stack(padded), labels
 
-    def _draw(self, pool: tuple[str, ...], index: int, item: int, place: int, rng: np.random.Generator) -> list[str]:
+    def _draw(self, pool: tuple[str, ...], index: int, item: int, epoch: int, rng: np.random.Generator) -> list[str]:
         """One caption of a pair's for each text view."""
         options, count = self.recipe.data.text, len(self.text_views)
         if options.pool == "first":
@@ -184,7 +189,6 @@ class BatchMaker(Dataset[Batch | InputError]):
             # A stand-in for a broken pair may have fewer captions.
             return [pool[(item - (int(self.ends[index - 1]) if index else 0)) % len(pool)]] * count
         if options.pool == "turn":
-            epoch = place // len(self.images.source)
             return [pool[(epoch + view * options.independent) % len(pool)] for view in range(count)]
         if not options.independent:
             return [pool[rng.integers(len(pool))]] * count

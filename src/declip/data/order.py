@@ -27,6 +27,9 @@ class BatchOrder(Protocol):
     def batch(self, number: int) -> Indices:
         """Indices of the pairs in global batch `number`: int64 [batch_size]."""
 
+    def epochs(self, number: int) -> Indices:
+        """How often each pair of that batch has come before, about: the epoch of its source, int64 [batch_size]."""
+
 
 class Order:
     """The shuffled order of a set of pairs, cut into batches.
@@ -69,6 +72,10 @@ class Order:
         """Indices of the pairs in global batch `number`: int64 [batch_size]."""
         start = number * self.batch_size
         return self.at(np.arange(start, start + self.batch_size))
+
+    def epochs(self, number: int) -> Indices:
+        start = number * self.batch_size
+        return np.arange(start, start + self.batch_size) // self.epoch_length
 
     def at(self, positions: Indices) -> Indices:
         """Indices of the pairs at global positions: int64 [positions]."""
@@ -204,12 +211,20 @@ class Mixture:
 
     def batch(self, number: int) -> Indices:
         """Indices of the pairs in global batch `number`, in the sources one after the other: int64 [batch_size]."""
-        before, after = (self._taken(n * self.batch_size) for n in (number, number + 1))
-        parts = [
-            order.at(np.arange(start, end)) + offset
-            for order, start, end, offset in zip(self.orders, before, after, self.offsets, strict=False)
-        ]
+        places = zip(self.orders, self._places(number), self.offsets, strict=False)
+        return self._mixed(number, [order.at(positions) + offset for order, positions, offset in places])
+
+    def epochs(self, number: int) -> Indices:
+        places = zip(self.orders, self._places(number), strict=True)
+        return self._mixed(number, [positions // order.epoch_length for order, positions in places])
+
+    def _mixed(self, number: int, parts: list[Indices]) -> Indices:
         return np.random.default_rng([self.seed, number]).permutation(np.concatenate(parts))
+
+    def _places(self, number: int) -> list[Indices]:
+        """The positions in each source that a batch takes."""
+        before, after = (self._taken(n * self.batch_size) for n in (number, number + 1))
+        return [np.arange(start, end) for start, end in zip(before, after, strict=True)]
 
     def _taken(self, position: int) -> list[int]:
         """How many pairs of each source come before a position."""

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
 from declip.data import remote
 from declip.data.patterns import expand
-from declip.data.remote import is_remote
+from declip.data.remote import is_remote, scheme
 from declip.errors import InputError, first_line
 from declip.pairs import Data
 
@@ -33,7 +34,10 @@ def join(folder: str, name: str) -> str:
     """Path or URL of a file in a folder; a name that is absolute or a URL stands for itself."""
     if is_remote(name) or os.path.isabs(name):
         return name
-    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+    if not is_remote(folder):
+        return os.path.join(folder, name)
+    # In the URL of a page, characters such as # and ? mean something; elsewhere they are names like others.
+    return f"{folder.rstrip('/')}/{quote(name) if scheme(folder) in ('http', 'https') else name}"
 
 
 def parent(path: str) -> str:

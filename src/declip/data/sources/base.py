@@ -52,6 +52,10 @@ class Source(Protocol):
         """What the user called it."""
 
     @property
+    def named(self) -> bool:
+        """Whether keys are names of the pairs' own, and not their rows' numbers."""
+
+    @property
     def shards(self) -> NDArray[np.int64]:
         """Where each shard begins, and the length at the end: [shards + 1].
 
@@ -116,6 +120,10 @@ class Concatenation:
         self.name = name or " + ".join(source.name for source in sources)
 
     @property
+    def named(self) -> bool:
+        return all(source.named for source in self.sources)
+
+    @property
     def shards(self) -> NDArray[np.int64]:
         starts = [source.shards[:-1] + end - len(source) for source, end in zip(self.sources, self.ends, strict=True)]
         return np.concatenate([*starts, self.ends[-1:]])
@@ -160,6 +168,10 @@ class Subset:
     @property
     def name(self) -> str:
         return self.source.name
+
+    @property
+    def named(self) -> bool:
+        return self.source.named
 
     @property
     def shards(self) -> NDArray[np.int64]:

@@ -52,6 +52,7 @@ def open_folder(spec: str, folder: Path, data: Data, need_captions: bool) -> Tab
         file=str(folder),
         folder=str(folder),
         storage=Storage.of(data),
+        need_captions=need_captions,
         image_column=paths,
         caption_columns=[
             pa.chunked_array([captions, *(_repeated(_made_of(name, data), len(inside)) for name, inside in pictures)])

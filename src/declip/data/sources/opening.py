@@ -83,7 +83,7 @@ def _open_files(spec: str, paths: Sequence[str], data: Data, need_captions: bool
         )
     suffix = suffixes.pop()
     if suffix == ".tar":
-        return open_tar(spec, paths, data)
+        return open_tar(spec, paths, data, need_captions)
     if suffix == ".parquet":
         return open_parquet(spec, paths, data, Storage.of(data), need_captions=need_captions)
     if suffix not in _SUFFIXES:

@@ -62,7 +62,7 @@ def open_parquet(
                 raise InputError(
                     f"{file.path} {has} {column!r}, where {first} holds {expected}: open files of unlike columns apart."
                 )
-    return ParquetSource(name, files, columns, storage)
+    return ParquetSource(name, files, columns, storage, need_captions)
 
 
 def _footer(said: str, path: str, storage: Storage) -> _File:
@@ -98,8 +98,11 @@ class ParquetSource:
     keys can be read without images, and of remote files without fetching them.
     """
 
-    def __init__(self, name: str, files: Sequence[_File], columns: Columns, storage: Storage) -> None:
+    def __init__(
+        self, name: str, files: Sequence[_File], columns: Columns, storage: Storage, need_captions: bool
+    ) -> None:
         self.name, self.files, self.columns, self.storage = name, list(files), columns, storage
+        self.need_captions = need_captions
         self.in_memory = sum(file.size for file in files) <= IN_MEMORY and not any(
             is_remote(file.path) for file in files
         )
@@ -118,8 +121,12 @@ class ParquetSource:
             for part in range(len(parts)):  # now, so that processes that are forked later share it
                 self._pairs(part)
 
-    def __reduce__(self) -> tuple[type[ParquetSource], tuple[str, list[_File], Columns, Storage]]:
-        return ParquetSource, (self.name, self.files, self.columns, self.storage)
+    def __reduce__(self) -> tuple[type[ParquetSource], tuple[str, list[_File], Columns, Storage, bool]]:
+        return ParquetSource, (self.name, self.files, self.columns, self.storage, self.need_captions)
+
+    @property
+    def named(self) -> bool:
+        return self.columns.key is not None
 
     @property
     def shards(self) -> NDArray[np.int64]:
@@ -179,6 +186,7 @@ class ParquetSource:
             file=self._said(file),
             folder=parent(file.path),
             storage=self.storage,
+            need_captions=self.need_captions,
             image_column=images,
             caption_columns=[rows[name] for name in columns.captions],
             label_column=rows[columns.label] if columns.label else None,

@@ -35,6 +35,10 @@ class Without:
         return self.source.name
 
     @property
+    def named(self) -> bool:
+        return self.source.named
+
+    @property
     def shards(self) -> NDArray[np.int64]:
         shards = self.source.shards
         return np.unique(shards - np.searchsorted(self.removed, shards))

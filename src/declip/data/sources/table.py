@@ -42,6 +42,7 @@ class TableSource:
     file: str  # the file that the rows are in, for messages
     folder: str  # what relative image paths are relative to; may be a URL
     storage: Storage
+    need_captions: bool  # a label alone will not do
     image_column: Any  # of bytes, of paths, or of structs {bytes, path} as Hugging Face datasets write them
     caption_columns: list[Any]  # of strings or lists of strings; none at all for labelled images
     label_column: Any = None
@@ -55,6 +56,10 @@ class TableSource:
         return self.opened_by or object.__reduce_ex__(self, protocol)
 
     @property
+    def named(self) -> bool:
+        return self.key_column is not None
+
+    @property
     def shards(self) -> NDArray[np.int64]:
         return one_shard(len(self))
 
@@ -64,9 +69,9 @@ class TableSource:
     def __getitem__(self, i: int, /) -> Pair:
         i = position(i, len(self))
         captions = self.captions(i)
-        if self.caption_columns and not captions:
-            raise BrokenPair(self.key(i), self.where(i), "it has no caption that is not empty")
         label = None if self.label_column is None else plain(self.label_column[i])
+        if self.caption_columns and not captions and (self.need_captions or label is None):
+            raise BrokenPair(self.key(i), self.where(i), "it has no caption that is not empty")
         return Pair(self.key(i), self._image(i), captions, None if label is None else _name(label), self.where(i))
 
     def captions(self, i: int, /) -> tuple[str, ...]:
@@ -110,13 +115,14 @@ class TableSource:
         return bytes(value)
 
 
-def table_of(name: str, folder: str, storage: Storage, rows: Any, columns: Columns) -> TableSource:
+def table_of(name: str, folder: str, storage: Storage, need_captions: bool, rows: Any, columns: Columns) -> TableSource:
     """The pairs of an Arrow table."""
     return TableSource(
         name=name,
         file=name,
         folder=folder,
         storage=storage,
+        need_captions=need_captions,
         image_column=rows[columns.image],
         caption_columns=[rows[column] for column in columns.captions],
         label_column=rows[columns.label] if columns.label else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from multiprocessing import get_context
@@ -26,6 +26,7 @@ from declip.pairs import Data
 
 _ASKED = 16  # shards whose state is asked for at a time
 _OPEN_SHARDS = 128
+_TRIES = 5  # to open a copy
 _OPEN_COPIES = 16  # what is open takes room on the disk even when the cache has dropped it
 
 
@@ -42,15 +43,17 @@ class Indexed(NamedTuple):
 class TarSource:
     """The pairs of one or many tar shards; nothing of a shard is in memory but how many pairs it has."""
 
-    def __init__(self, name: str, indexed: Sequence[Indexed], data: Data) -> None:
-        self.name, self.indexed, self.data = name, list(indexed), data
+    def __init__(self, name: str, indexed: Sequence[Indexed], data: Data, need_captions: bool) -> None:
+        self.name, self.indexed, self.data, self.need_captions = name, list(indexed), data, need_captions
         self.storage = Storage.of(data)
         self.shards: NDArray[np.int64] = np.cumsum([0] + [one.pairs for one in indexed], dtype=np.int64)
-        copies = any(is_remote(one.shard) for one in indexed)
-        self._opened = lru_cache(_OPEN_COPIES if copies else _OPEN_SHARDS)(self._open)
 
-    def __reduce__(self) -> tuple[type[TarSource], tuple[str, list[Indexed], Data]]:
-        return TarSource, (self.name, self.indexed, self.data)
+    def __reduce__(self) -> tuple[type[TarSource], tuple[str, list[Indexed], Data, bool]]:
+        return TarSource, (self.name, self.indexed, self.data, self.need_captions)
+
+    @property
+    def named(self) -> bool:
+        return True
 
     @property
     def problems(self) -> list[str]:
@@ -69,7 +72,7 @@ class TarSource:
         if not image:
             raise BrokenPair(key, where, "its image is empty")
         captions, label = self._texts(shard, row)
-        if not captions and label is None:
+        if not captions and (self.need_captions or label is None):
             raise BrokenPair(key, where, "it has no caption that is not empty")
         return Pair(key, image, captions, label, where)
 
@@ -87,11 +90,9 @@ class TarSource:
     def _find(self, i: int) -> tuple[_Shard, int]:
         i = position(i, len(self))
         number = int(np.searchsorted(self.shards, i, side="right")) - 1
-        return self._opened(number), i - int(self.shards[number])
-
-    def _open(self, number: int) -> _Shard:
         shard, version, index, _, _ = self.indexed[number]
-        return _Shard(shard, index, lambda: self.storage.local(shard, version))
+        opened = _opened_copy if is_remote(shard) else _opened
+        return opened(shard, version, index, self.storage), i - int(self.shards[number])
 
     def _texts(self, shard: _Shard, row: int) -> tuple[tuple[str, ...], str | None]:
         """Captions and label: of the members .txt and .cls, else of the fields of .json.
@@ -99,10 +100,9 @@ class TarSource:
         A .json that holds the caption of the .txt among others has all of them, as `declip data pack` writes it.
         """
         fields = _fields(shard.read("json", row))
-        names = self.data.captions or CAPTION_NAMES
         text = None if self.data.captions else shard.read("text", row)
-        found = next((fields[name] for name in names if fields.get(name)), None)
-        captions = clean_captions(_strings(found))
+        found = [fields[name] for name in self.data.captions or CAPTION_NAMES if fields.get(name)]
+        captions = clean_captions(text for value in found[: len(self.data.captions) or 1] for text in _strings(value))
         if text is not None:
             own = clean_captions([text])
             if not own or own[0] not in captions:
@@ -118,20 +118,23 @@ class TarSource:
 class _Shard:
     """An open shard with its index mapped."""
 
-    def __init__(self, path: str, index: Path, local: Callable[[], Path]) -> None:
-        """`local` gives the file to read; it is called once something is read, as a remote shard is fetched then."""
-        self.path, self.local = path, local
+    def __init__(self, path: str, version: str, index: Path, storage: Storage) -> None:
+        self.path, self.version, self.storage = path, version, storage
         table = pa.ipc.open_file(pa.memory_map(str(index))).read_all()
         self.keys = table["key"]
         self.columns = {name: np.asarray(table[name].combine_chunks()) for name in table.schema.names if name != "key"}
 
     @cached_property
     def file(self) -> int:
-        """The descriptor of the open file."""
-        try:
-            return os.open(self.local(), os.O_RDONLY)
-        except OSError as error:
-            raise InputError(f"{self.path} cannot be opened: {first_line(error)}.") from None
+        """The descriptor of the open file; a remote one is fetched now."""
+        for tried in range(1, _TRIES + 1):
+            try:
+                return os.open(self.storage.local(self.path, self.version), os.O_RDONLY)
+            except OSError as error:
+                # The cache may have dropped the copy between the two calls.
+                if not (is_remote(self.path) and isinstance(error, FileNotFoundError) and tried < _TRIES):
+                    raise InputError(f"{self.path} cannot be opened: {first_line(error)}.") from None
+        raise AssertionError  # the last try returns or raises
 
     def __del__(self) -> None:
         if "file" in self.__dict__:
@@ -152,6 +155,11 @@ class _Shard:
         return data
 
 
+# Of all sources together, as a process may only have so many files open.
+_opened = lru_cache(_OPEN_SHARDS)(_Shard)
+_opened_copy = lru_cache(_OPEN_COPIES)(_Shard)
+
+
 def _fields(data: bytes | None) -> dict[str, Any]:
     """The fields of a .json member; none where it is no JSON object."""
     if data is None:
@@ -167,7 +175,7 @@ def _strings(value: object) -> Iterator[str]:
     return (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
 
 
-def open_tar(name: str, paths: Sequence[str], data: Data) -> TarSource:
+def open_tar(name: str, paths: Sequence[str], data: Data, need_captions: bool) -> TarSource:
     """Open tar shards, local or remote; index first those that have no index or an old one.
 
     Raises InputError where a shard cannot be read.
@@ -186,7 +194,7 @@ def open_tar(name: str, paths: Sequence[str], data: Data) -> TarSource:
     else:
         made = [_index(path, storage) for path in stale]
     found.update(zip(stale, made, strict=True))
-    source = TarSource(name, [one for path in paths if (one := found[path])], data)
+    source = TarSource(name, [one for path in paths if (one := found[path])], data, need_captions)
     for problem in source.problems:
         print(f"declip: {problem}", file=sys.stderr)
     return source

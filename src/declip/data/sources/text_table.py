@@ -62,6 +62,7 @@ def open_text_table(name: str, path: str, data: Data, need_captions: bool) -> Ta
         file=path,
         folder=os.path.expanduser(data.image_root or parent(path)),
         storage=storage,
+        need_captions=need_captions,
         image_column=table["image"],
         caption_columns=[table["captions"]] if columns and columns.captions else [],
         label_column=table["label"],
