@@ -60,6 +60,8 @@ def test_pack_and_verify(pairs: Path, tmp_path: Path, capsys: Capture) -> None:
         done = answer(capsys, "data", "pack", str(pairs), str(out), "--resize", "10", "--workers", "1")
         assert (done["source_pairs"], done["pairs"], done["written"]) == (40, 40, written)
     assert len(open_sources([str(out)], Data())) == 40
+    again = tmp_path / "labels"
+    assert answer(capsys, "data", "pack", str(pairs), str(again), "data.captions=label")["pairs"] == 40
     assert main(["data", "verify", str(out)]) == 0
     assert "1 shard with 40 pairs: all as they were written" in capsys.readouterr().out
     (out / "00000.tar").write_bytes(b"something else")
@@ -84,6 +86,13 @@ def test_options_of_the_data_section(tmp_path: Path, pairs: Path, capsys: Captur
         (["inspect", "demo:noto", "--sample", "0"], "'0' is no whole number above 0"),
         (["inspect", "demo:noto", "data.imag=x"], "options: there is no field data.imag; the nearest is data.image"),
         (["dedup", "demo:noto"], "required: --out"),
+        (["dedup", "demo:noto", "--out", "s3://bucket/x"], "is a URL, and only local folders are written to"),
+        (["pack", "demo:noto", "s3://bucket/x"], "is a URL, and only local folders are written to"),
+        (["inspect", "demo:noto", "--out", "/proc/x"], "/proc/x: "),
+        (["inspect", "demo:noto", "--out", "pyproject.toml"], "pyproject.toml"),
+        (["dedup", "demo:noto", "--out", "pyproject.toml/x"], "pyproject.toml"),
+        (["pack", "demo:noto", "pyproject.toml/x"], "pyproject.toml"),
+        (["inspect", "x" * 5000], "File name too long"),
     ],
 )
 def test_wrong_input(arguments: list[str], says: str, capsys: Capture) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from declip.curation import dedup as module
 from declip.curation.dedup import dedup
+from declip.curation.pack import pack
 from declip.data.sources import open_sources
 from declip.errors import InputError
 from declip.pairs import Data
@@ -71,7 +72,7 @@ def test_copies_and_leaks_are_left_out(named: tuple[list[str], list[str]], tmp_p
     assert gone(out) == {
         "b": ("near-duplicate", "a.parquet, row 3"),
         "c": ("equal image", "a.parquet, row 0"),
-        "e": ("broken", None),
+        "e": ("broken: no known image format", None),
         "f": ("image in the test set", "b.parquet, row 0"),
         "g": ("near the test set", "b.parquet, row 1"),
     }
@@ -119,3 +120,58 @@ def test_refusals(named: tuple[list[str], list[str]], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="every pair is broken or in the test set"):
         dedup(source, tmp_path / "out", Data(), test=source, workers=0)
     assert not (tmp_path / "out").exists()
+
+
+def stripes(way: str) -> bytes:
+    """Grey on average wherever it is looked at from afar."""
+    rows, columns = np.indices((256, 256)) // 4
+    pattern = {"down": columns, "across": rows, "both": rows + columns}[way] % 2 * 255
+    buffer = io.BytesIO()
+    Image.fromarray(pattern.astype(np.uint8)).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def test_pictures_that_are_equal_from_afar_only(tmp_path: Path) -> None:
+    rows = [row(way, stripes(way)) for way in ("down", "across", "both")] + [row("again", stripes("down"))]
+    named = str(write_pairs(tmp_path / "stripes.parquet", rows))
+    result = dedup([named], tmp_path / "out", Data(), near=False, workers=0)
+    assert result["removed"] == {"equal image": 1}
+    assert left(tmp_path / "out").keys() == {"down", "across", "both"}
+
+
+def test_labels_alone_and_of_any_kind(tmp_path: Path) -> None:
+    rows = [{"image": image(number), "label": label} for number, label in enumerate("abc")]
+    named = str(write_pairs(tmp_path / "labelled.parquet", rows))
+    dedup([named], tmp_path / "out", Data(), workers=0)
+    source = open_sources([str(tmp_path / "out")], Data(), need_captions=False)
+    assert [(pair.label, pair.captions) for pair in map(source.__getitem__, range(3))] == [(x, ()) for x in "abc"]
+
+
+def test_keys_of_shards_and_numbers(tmp_path: Path) -> None:
+    """Keys are a shard's member names or a column, also one that counts; row numbers are none."""
+    rows = [{"id": number, "image": image(number), "caption": f"number {number}"} for number in range(6)]
+    other = [{"id": number, "image": image(20 + number), "caption": "other"} for number in (3, 5)]
+    named, test = (str(write_pairs(tmp_path / f"{n}.parquet", r)) for n, r in (("a", rows), ("b", other)))
+    for number, spec in enumerate((named, str(tmp_path / "packed"))):
+        result = dedup([spec], tmp_path / f"out{number}", Data(), test=[test], equal_keys=True, workers=0)
+        assert result["removed"] == {"key in the test set": 2}
+        pack([named], tmp_path / "packed", Data(), workers=0)
+    for table in (rows, other):
+        for one in table:
+            del one["id"]
+    named, test = (str(write_pairs(tmp_path / f"{n}.parquet", r)) for n, r in (("c", rows), ("d", other)))
+    assert dedup([named], tmp_path / "numbered", Data(), test=[test], equal_keys=True, workers=0)["removed"] == {}
+
+
+def test_nothing_half_written(
+    tmp_path: Path, named: tuple[list[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write_removed", full)
+        with pytest.raises(OSError, match="No space left"):
+            dedup(named[0], tmp_path / "out", Data(), workers=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "b.parquet"]
+    dedup(named[0], tmp_path / "out", Data(), workers=0)

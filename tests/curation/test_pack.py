@@ -27,7 +27,8 @@ from data.test_bad_input import FORMATS, IMAGES, PLACES, Row, decodes, read_all
 from rich.console import Console
 
 from declip.curation import shard as module
-from declip.curation.pack import pack, print_packed, print_verified, verify
+from declip.curation.pack import pack, print_packed
+from declip.curation.verify import print_verified, verify
 from declip.data.decode import decode_image
 from declip.data.sources import open_sources
 from declip.errors import InputError, RunStopped
@@ -254,7 +255,7 @@ def test_refusals(pairs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"\(data, source_pairs, sample\)"):
         pack([*source, "demo:noto"], out, Data(), workers=0)
     write_pairs(pairs, [pair(number + 1) for number in range(40)])
-    with pytest.raises(InputError, match=r"\(sample\)"):
+    with pytest.raises(InputError, match=r"\(sample, files\)"):
         pack(source, out, Data(), workers=0)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "manifest.json").write_text('{"name": "somebody\'s"}')
@@ -332,3 +333,33 @@ def test_what_is_printed(tmp_path: Path) -> None:
     said = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"1 of 2 pairs in 1 shard, 0.0 MB: {tmp_path}/[b]\nleft out: 1, no known image format" in said
     assert "1 shard with 1 pair: all as they were written.\nchanged: 00000.tar\nDelete" in said
+
+
+def test_another_source_is_noticed_wherever_it_differs(tmp_path: Path) -> None:
+    rows = [pair(number) for number in range(40)]
+    named = write_pairs(tmp_path / "a.parquet", rows)
+    pack([str(named)], tmp_path / "out", Data(), workers=0)
+    rows[33]["captions"] = ["another one"]
+    write_pairs(named, rows)
+    with pytest.raises(InputError, match=r"holds a pack of other data"):
+        pack([str(named)], tmp_path / "out", Data(), workers=0)
+
+
+def test_an_index_that_is_damaged_is_found(pairs: Path, tmp_path: Path) -> None:
+    pack([str(pairs)], tmp_path / "out", Data(), workers=0)
+    index = tmp_path / "out" / "00000.tar.index"
+    source = open_sources([str(tmp_path / "out")], Data())
+    at = source.indexed[0].file.read_bytes().index((512).to_bytes(8, "little"))  # type: ignore[attr-defined]
+    data = bytearray(index.read_bytes())
+    data[at + 1] ^= 4
+    index.write_bytes(data)
+    assert verify(tmp_path / "out")["changed"] == ["00000.tar.index"]
+    index.unlink()
+    assert verify(tmp_path / "out")["whole"]
+
+
+@pytest.mark.parametrize("manifest", ['{"format": "declip pack 1"}', "[]", '{"format": "declip pack 1", "shards": 3}'])
+def test_a_manifest_of_something_else(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match="holds no manifest"):
+        verify(tmp_path)

@@ -17,7 +17,7 @@ from pictures import picture
 from PIL import Image
 
 from declip.data import decode
-from declip.data.decode import ImageFile, Pixels, count_pixels, decode_image
+from declip.data.decode import ImageFile, Pixels, as_rgb, count_pixels, decode_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -206,3 +206,11 @@ def test_damaged_bytes_give_pixels_or_value_error(kind: str, data: st.DataObject
     else:
         said = "the image cannot be decoded" if pixels.dtype == np.uint8 and pixels.ndim == 3 else "no pixels"
     assert said.startswith("the image cannot be decoded")
+
+
+@pytest.mark.parametrize(("mode", "top"), [("I", 65535), ("I", 2**31 - 1), ("F", 1.0), ("F", 255.0), ("F", 40000.0)])
+def test_wide_levels_are_scaled(mode: str, top: float) -> None:
+    levels = np.linspace(0, top, 256, dtype=np.int32 if mode == "I" else np.float32).reshape(16, 16)
+    found = np.asarray(as_rgb(Image.fromarray(levels)))[..., 0].reshape(-1)
+    scaled = levels.reshape(-1) / (65535 if top == 40000.0 else top) * 255
+    assert np.abs(found - scaled).max() <= 1

@@ -224,7 +224,9 @@ def test_nothing_can_be_read(tiny: MakeRecipe, tmp_path: Path, workers: int) -> 
     # Sized from its headers, such a set would count as small: say that nothing is kept.
     made = maker(recipe)
     made.images.kept = None
-    with pytest.raises(InputError, match=r"^None of the 10 pairs of \S+broken\.parquet can be read; the first: \S+, row \d: the image"):
+    with pytest.raises(
+        InputError, match=r"^None of the 10 pairs of \S+broken\.parquet can be read; the first: \S+, row \d: the image"
+    ):
         list(make_loader(made, 0, 2, workers))
 
 
@@ -283,6 +285,44 @@ def test_ranks_make_the_parts_of_the_same_batches(tiny: MakeRecipe, ranks: int) 
         assert torch.equal(torch.cat([part.images for part in made], 1), expected.images)
         assert torch.equal(torch.cat([part.tokens for part in made], 1), expected.tokens)
         assert torch.equal(torch.cat([part.sample_ids for part in made]), expected.sample_ids)
+
+
+@pytest.mark.parametrize("ranks", [2, 5])
+def test_stand_ins_are_the_same_for_any_number_of_ranks(tiny: MakeRecipe, tmp_path: Path, ranks: int) -> None:
+    rows = [pair(number) for number in range(200)]
+    for number in (3, 4, *range(10, 30), 60, 61):
+        rows[number]["image"] = b"no image"
+    named = f"data.train={str(write_pairs(tmp_path / 'broken.parquet', rows))!r}"
+    recipe = tiny("clip", named, "schedule.batch_size=20")
+    images = maker(recipe).images
+    whole = BatchMaker(images, recipe, 16, 77)
+    parts = [BatchMaker(images, recipe, 16, 77, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for number in range(6):
+        ids = whole.make(number).sample_ids.tolist()
+        assert len(set(ids)) == 20
+        assert [sample for part in parts for sample in part.make(number).sample_ids.tolist()] == ids
+
+
+def test_turns_of_a_mixture_and_of_few_pairs(tiny: MakeRecipe, tmp_path: Path) -> None:
+    """A pair shows the next of its captions in the next epoch of its own source."""
+    few = [pair(number) for number in range(100, 110)]
+    names = [str(write_pairs(tmp_path / "few.parquet", few)), tiny("clip").data.train[0]]
+    mixed = tiny("clip", f"data.train={names}", "data.weights=[1,1]", "data.text.pool=turn", "schedule.batch_size=10")
+    alone = tiny("clip", f"data.train={names[:1]}", "data.text.pool=turn", "schedule.batch_size=6")
+    for recipe, steps in ((mixed, 12), (alone, 8)):
+        made = maker(recipe)
+        shown: dict[int, list[int]] = {}
+        for number in range(steps):
+            batch = made.make(number)
+            epochs = made.order.epochs(number).tolist()
+            for sample, ids, epoch in zip(
+                batch.sample_ids.tolist(), captions_of(batch, "caption"), epochs, strict=True
+            ):
+                pool = made.images.source.captions(sample)
+                assert ids == made.tokenizer.encode(pool[epoch % len(pool)])
+                shown.setdefault(sample, []).append(epoch)
+        assert all(epochs == sorted(set(epochs)) for sample, epochs in shown.items() if sample < 10)
+        assert max(epoch for epochs in shown.values() for epoch in epochs) >= 5
 
 
 def test_captions_in_turn(tiny: MakeRecipe) -> None:

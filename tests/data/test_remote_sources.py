@@ -20,6 +20,7 @@ from declip.data import remote
 from declip.data.decoded import open_images
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import BrokenPair, Pair, Source, open_sources
+from declip.data.storage import Storage, join
 from declip.errors import InputError
 from declip.pairs import Data
 from declip.recipe import load_recipe
@@ -179,3 +180,27 @@ def test_an_image_that_a_store_does_not_have(object_store: Any, tmp_path: Path, 
     assert isinstance(source[2], Pair)
     with pytest.raises(BrokenPair, match=r"cannot read image images/3.png: There is no such object"):
         source[3]
+
+
+def test_a_copy_that_is_dropped_before_it_is_opened(
+    object_store: Any, tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_tar(tmp_path)
+    source = open_sources([uploaded(object_store, tmp_path, "dropped")], data)
+    local, dropped = Storage.local, []
+
+    def drop(self: Storage, path: str, version: str | None = None) -> Path:
+        copy = local(self, path, version)
+        if len(dropped) < 2:
+            dropped.append(copy)
+            copy.unlink()
+        return copy
+
+    monkeypatch.setattr(Storage, "local", drop)
+    assert isinstance(source[0], Pair)
+    assert len(dropped) == 2
+
+
+def test_names_in_the_urls_of_pages(tmp_path: Path) -> None:
+    assert join("https://h/f", "a b#1?.jpg") == "https://h/f/a%20b%231%3F.jpg"
+    assert join("s3://b/f", "a b#1?.jpg") == "s3://b/f/a b#1?.jpg"

@@ -235,3 +235,25 @@ def test_only_members_that_follow_one_another_belong_together(tmp_path: Path) ->
     members = [("a.jpg", b"A"), ("b.bin", b"x"), ("a.txt", b"a"), ("a.bin", b"x"), ("a.cls", b"cat")]
     source = opened(write_tar(tmp_path / "a.tar", members))
     assert [(source.key(i), source.captions(i)) for i in range(len(source))] == [("a", ()), ("a", ("a",))]
+
+
+def test_captions_of_several_fields(tmp_path: Path) -> None:
+    fields = json.dumps({"en": "a cat", "de": ["eine Katze", "ein Tier"], "caption": "other"}).encode()
+    path = write_tar(tmp_path / "a.tar", [("1.png", picture(1)), ("1.json", fields)])
+    assert opened(path, captions=["en", "de"]).captions(0) == ("a cat", "eine Katze", "ein Tier")
+    assert opened(path).captions(0) == ("other",)
+
+
+def test_many_sources_share_their_open_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [shard(tmp_path / f"{number:03d}.tar", count=1) for number in range(150)]
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("counts in /proc")
+    sources = [opened(*shards) for _ in range(3)]
+    for source in sources:
+        assert all(source[index].image for index in range(len(source)))
+    assert len(os.listdir("/proc/self/fd")) <= before + 140
+
+
+def test_names_of_no_known_kind_are_counted(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("1.png", picture(1)), ("1.txt", b"x"), ("2.avif", b"y"), ("3.a.jpg", b"z")])
+    (problem,) = opened(path).problems
+    assert problem.endswith("2 names without a member of a known kind: 2.avif, 3.a.jpg")

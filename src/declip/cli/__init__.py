@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import declip
 from declip.cli.data import add_data
-from declip.cli.terminal import command, console, positive, progress_bar
+from declip.cli.terminal import command, console, folder, positive, progress_bar
 from declip.errors import InputError, RunStopped
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
@@ -51,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" while writing {error.filename}" if error.filename else ""
+            return _fail(f"the disk is full{where}: make room and run the command again.")
+        if error.errno is None or not error.filename:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        return _fail(f"the disk is full{where}: make room and run the command again.")
+        return _fail(f"{error.filename}: {error.strerror}.")
     return int(args.code)
 
 
@@ -112,7 +114,7 @@ def _add_demo(commands: Any) -> None:
     about = "train DeCLIP and CLIP side by side on embedded pairs, judge both on unseen pictures, write a report"
     parser = command(commands, "demo", _demo, about, "declip demo --out demo-run --minutes 10")
     parser.add_argument(
-        "--out", default="demo-run", metavar="DIR", help="folder for the runs and the report (%(default)s)"
+        "--out", type=folder, default="demo-run", metavar="DIR", help="folder for the runs and the report (%(default)s)"
     )
     parser.add_argument("--minutes", type=positive, default=10.0, metavar="N", help="about how long (%(default)g)")
 
@@ -122,7 +124,7 @@ def _add_train(commands: Any) -> None:
     parser = command(commands, "train", _train, "train a recipe", example)
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name (see declip recipes) or a TOML file")
     parser.add_argument("overrides", metavar="path=value", nargs="*", help="change a field of the recipe")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="the run folder")
     parser.add_argument("--resume", action="store_true", help="go on where the run in DIR stopped")
     parser.set_defaults(rest="overrides")
 
@@ -157,7 +159,7 @@ def _add_convert(commands: Any) -> None:
     about = "turn a model into an open_clip or a Hugging Face folder"
     parser = command(commands, "convert", _convert, about, "declip convert yfcc15m_vitb32_declip.pth.tar declip-vitb32")
     parser.add_argument("source", metavar="SRC", help=MODEL)
-    parser.add_argument("folder", metavar="DST", help="the new folder")
+    parser.add_argument("folder", type=folder, metavar="DST", help="the new folder")
     parser.add_argument(
         "--to", default="open_clip", metavar="FORMAT", help="open_clip or huggingface (default: %(default)s)"
     )

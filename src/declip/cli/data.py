@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from declip.cli.terminal import command, console, progress_bar, whole
+from declip.cli.terminal import command, console, folder, progress_bar, whole
 from declip.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ def _add_inspect(commands: Any) -> None:
     about = "say what is in a set of pairs, what is wrong with it and what to do about it; writes report.html"
     example = "declip data inspect pairs.parquet --test test.parquet --batch-size 512 --out inspection"
     parser = _about_pairs(commands, "inspect", _inspect, about, example)
-    parser.add_argument("--out", default="inspection", metavar="DIR", help="folder for report.html (%(default)s)")
+    parser.add_argument(
+        "--out", type=folder, default="inspection", metavar="DIR", help="folder for report.html (%(default)s)"
+    )
     run = "of the run that the pairs are for (%(default)s)"
     parser.add_argument("--batch-size", type=whole, default=256, metavar="N", help=f"batch size {run}")
     parser.add_argument("--image-size", type=whole, default=224, metavar="N", help=f"image size in pixels {run}")
@@ -40,7 +42,9 @@ def _add_dedup(commands: Any) -> None:
     about = "write a set without copies, near-duplicates, broken pairs and what is in a test set"
     example = "declip data dedup pairs.parquet --test test.parquet --out unique"
     parser = _about_pairs(commands, "dedup", _dedup, about, example)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the new set, empty or not there")
+    parser.add_argument(
+        "--out", type=folder, required=True, metavar="DIR", help="folder for the new set, empty or not there"
+    )
     parser.add_argument("--exact", action="store_true", help="leave near-duplicates in: only drop equal images")
     parser.add_argument("--equal-keys", action="store_true", help="also drop pairs with a key of the test set")
     parser.add_argument(
@@ -66,7 +70,7 @@ def _add_pack(commands: Any) -> None:
 def _add_verify(commands: Any) -> None:
     about = "compare the shards of a pack with the checksums of its manifest; exit code 1 where they differ"
     parser = command(commands, "verify", _verify, about, "declip data verify packed")
-    parser.add_argument("folder", metavar="DIR", help="what declip data pack wrote")
+    parser.add_argument("folder", type=folder, metavar="DIR", help="what declip data pack wrote")
 
 
 def _about_pairs(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
@@ -78,11 +82,15 @@ def _about_pairs(commands: Any, name: str, run: Any, about: str, example: str) -
     return parser
 
 
+def _is_option(item: str) -> bool:
+    return item.startswith("data.") and "=" in item
+
+
 def _sources(args: argparse.Namespace) -> tuple[list[str], Data]:
     """What was named, and the options among it."""
     from declip.recipe import parse_data
 
-    options = [item for item in args.data if item.startswith("data.") and "=" in item]
+    options = list(filter(_is_option, args.data))
     specs = [item for item in args.data if item not in options]
     if not specs:
         raise InputError("No data was given: name files or folders of pairs.")
@@ -134,6 +142,14 @@ def _dedup(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pack(args: argparse.Namespace) -> dict[str, Any]:
+    # An option may stand behind DST, whose place is the last of what are no options.
+    named = [*args.data, args.folder]
+    *sources, last = [item for item in named if not _is_option(item)]
+    args.data, args.folder = [*sources, *filter(_is_option, named)], last
+    if not sources:
+        raise InputError("Only one of SRC and DST was given: name pairs and then a folder for the shards.")
+    if "://" in last:
+        raise InputError(f"DST {last!r} is a URL, and only local folders are written to.")
     specs, data = _sources(args)
     from declip.curation.pack import pack, print_packed
 
@@ -154,7 +170,7 @@ def _pack(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _verify(args: argparse.Namespace) -> dict[str, Any]:
-    from declip.curation.pack import print_verified, verify
+    from declip.curation.verify import print_verified, verify
 
     with progress_bar() as progress:
         result = verify(Path(args.folder), progress)

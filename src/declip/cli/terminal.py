@@ -38,6 +38,13 @@ def positive(text: str) -> float:
     return value
 
 
+def folder(text: str) -> str:
+    """A folder to write to."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is a URL, and only local folders are written to")
+    return text
+
+
 def whole(text: str) -> int:
     """A count on the command line; argparse turns the error into a sentence."""
     if not (text.isascii() and text.isdigit() and int(text)):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from declip.curation.duplicates import Pairs, near_duplicates
+from declip.curation.fingerprints import hash_bytes
 from declip.curation.scan import Scan
+from declip.data.decode import decode_image
 
 Indices = NDArray[np.int64]
+_HASHES = ("pixel_hash", "data_hash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class Copies:
 
 def find_copies(scan: Scan, test: Scan | None = None, near: bool = True) -> Copies:
     """Exact and near-duplicates within a source, and between it and a test set."""
+    _settle([scan] if test is None else [scan, test])
     first = _first_of(scan)
     own = np.flatnonzero(first == np.arange(len(first)))
     others = np.empty(0, np.int64) if test is None else np.unique(_first_of(test)[test.whole])
@@ -61,6 +66,22 @@ def common(values: NDArray[np.generic], of: Indices, others: NDArray[np.generic]
     at = np.searchsorted(unique, values[of]).clip(max=len(unique) - 1)
     found = unique[at] == values[of]
     return np.stack([of[found], other_of[where[at[found]]]], axis=1)
+
+
+def _settle(scans: Sequence[Scan]) -> None:
+    """Where files that differ are equal at the reduced scale they were looked at, hash all of their pixels."""
+    pixels, files = (np.concatenate([scan.pairs[name][scan.whole] for scan in scans]) for name in _HASHES)
+    order = np.lexsort((files, pixels))
+    pixels, files = pixels[order], files[order]
+    doubtful = np.unique(pixels[1:][(pixels[1:] == pixels[:-1]) & (files[1:] != files[:-1])])
+    known: dict[int, int] = {}
+    for scan in scans:
+        for index in scan.whole[np.isin(scan.pairs["pixel_hash"][scan.whole], doubtful)].tolist():
+            file = int(scan.pairs["data_hash"][index])
+            if file not in known:
+                pixel = decode_image(scan.source[index].image)
+                known[file] = hash_bytes(b"%d %d " % pixel.shape[:2] + pixel.tobytes())
+            scan.pairs["pixel_hash"][index] = known[file]
 
 
 def _first_of(scan: Scan) -> Indices:

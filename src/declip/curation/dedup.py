@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,10 @@ import pyarrow.parquet as pq
 
 from declip.curation.copies import Copies, common, find_copies
 from declip.curation.duplicates import Pairs
+from declip.curation.fingerprints import fingerprint
 from declip.curation.scan import Progress, Scan, scan
 from declip.curation.shard import valid
-from declip.data.sources import Pair, Source, open_sources
+from declip.data.sources import BrokenPair, Pair, Source, open_sources
 from declip.errors import InputError
 from declip.files import check_unused, write_atomically
 from declip.pairs import Data
@@ -67,22 +71,22 @@ def dedup(
     Returns ``{"data", "test", "out", "pairs", "kept", "removed": {reason: count}, "files"}``. Raises InputError where
     a source cannot be read, `out` holds files, or nothing would be left.
     """
-    check_unused(out, "give another --out")
-    source = open_sources(specs, data, need_captions=False)
-    other = open_sources(test, data, need_captions=False) if test else None
-    seen = scan(source, workers, progress, "reading pairs")
-    seen_test = scan(other, workers, progress, "reading the test set") if other is not None else None
-    copies = find_copies(seen, seen_test, near)
-    removed = _removals(seen, copies, seen_test, equal_keys)
-    if len(removed) == len(source):
-        raise InputError(f"Nothing of {source.name} would be left: every pair is broken or in the test set.")
-    merged = _merged(removed) if merge_captions else {}
-    (out / "log").mkdir(parents=True, exist_ok=True)
-    kept = [index for index in range(len(source)) if index not in removed]
-    files = _write_pairs(out, source, kept, merged, progress)
-    # In a folder of its own: beside the parquet files it would be taken for a caption table.
-    _write_removed(out / "log" / "removed.jsonl", source, other, removed)
-    reasons = [removal.reason for removal in removed.values()]
+    with _written_whole(out) as folder:
+        source = open_sources(specs, data, need_captions=False)
+        other = open_sources(test, data, need_captions=False) if test else None
+        seen = scan(source, workers, progress, "reading pairs")
+        seen_test = scan(other, workers, progress, "reading the test set") if other is not None else None
+        copies = find_copies(seen, seen_test, near)
+        removed = _removals(seen, copies, seen_test, equal_keys)
+        if len(removed) == len(source):
+            raise InputError(f"Nothing of {source.name} would be left: every pair is broken or in the test set.")
+        merged = _merged(removed) if merge_captions else {}
+        (folder / "log").mkdir()
+        kept = [index for index in range(len(source)) if index not in removed]
+        files = _write_pairs(folder, source, kept, merged, progress)
+        # In a folder of its own: beside the parquet files it would be taken for a caption table.
+        _write_removed(folder / "log" / "removed.jsonl", source, other, removed)
+        reasons = [removal.reason for removal in removed.values()]
     return {
         "data": [str(spec) for spec in specs],
         "test": [str(spec) for spec in test],
@@ -92,6 +96,20 @@ def dedup(
         "removed": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
         "files": files,
     }
+
+
+@contextmanager
+def _written_whole(out: Path) -> Iterator[Path]:
+    """A folder that takes the place of `out` once all is written; what is left of a killed process is deleted."""
+    check_unused(out, "give another --out")
+    folder = out.with_name(f".{out.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        os.replace(folder, out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _removals(seen: Scan, copies: Copies, test: Scan | None, equal_keys: bool) -> dict[int, Removal]:
@@ -185,9 +203,8 @@ def _write_pairs(
                     while pair is not None and len(rows) < ROWS and size < FILE_BYTES:
                         size += len(pair.image)
                         captions = [valid(text) for text in pair.captions]
-                        rows.append(
-                            {"key": valid(pair.key), "image": pair.image, "captions": captions, "label": pair.label}
-                        )
+                        label = None if pair.label is None else valid(pair.label)
+                        rows.append({"key": valid(pair.key), "image": pair.image, "captions": captions, "label": label})
                         pair = next(pairs, None)
                     writer.write_table(pa.Table.from_pylist(rows, _SCHEMA), row_group_size=ROWS)
 
@@ -207,15 +224,27 @@ def _kept(
         yield Pair(pair.key, pair.image, tuple(dict.fromkeys(captions)), pair.label, pair.where)
 
 
+def _why(source: Source, index: int) -> str:
+    """What is wrong with a broken pair."""
+    try:
+        fingerprint(source[index].image)
+    except BrokenPair as error:
+        return error.reason
+    except ValueError as error:
+        return str(error)
+    return "it could not be read"
+
+
 def _write_removed(path: Path, source: Source, test: Source | None, removed: dict[int, Removal]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8") as file:
             for index, removal in removed.items():
                 equal = test if removal.in_test else source
+                reason = f"broken: {_why(source, index)}" if removal.reason == "broken" else removal.reason
                 row = {
                     "place": source.where(index),
                     "key": source.key(index),
-                    "reason": removal.reason,
+                    "reason": reason,
                     "equals": None if removal.equals < 0 or equal is None else equal.where(removal.equals),
                 }
                 file.write(json.dumps(row) + "\n")

@@ -149,7 +149,7 @@ def _captions(scan: Scan, context_length: int) -> list[Finding]:
     captions, source = scan.captions, scan.source
     if not len(captions):
         return [Finding("no_captions", "look", len(scan.pairs), 1.0, "No pair has a caption.")]
-    empty = np.flatnonzero((scan.pairs["captions"] == 0) & ~scan.pairs["broken"])
+    empty = np.flatnonzero(scan.pairs["captions"] == 0)
     long = np.flatnonzero(captions["tokens"] > context_length)
     share = len(long) / len(captions)
     odd = sum(found.count for found in scan.odd.values())

@@ -44,6 +44,8 @@ def inspect(
     "repeated_captions"}``. Raises InputError where a source cannot be read, RunStopped where a process was killed.
     Memory: about 0.9 kB a pair.
     """
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before everything is read
     source = _some(open_sources(specs, data, need_captions=False), sample)
     other = open_sources(test, data, need_captions=False) if test else None
     seen = scan(source, workers, progress, "reading pairs")
@@ -61,7 +63,6 @@ def inspect(
     if out is not None:
         from declip.curation.report import write_inspection
 
-        out.mkdir(parents=True, exist_ok=True)
         write_inspection(out / "report.html", result, findings, source, other, seen.whole)
     return result
 

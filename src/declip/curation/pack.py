@@ -12,9 +12,9 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
@@ -28,10 +28,11 @@ from declip.curation.findings import counted
 from declip.curation.processes import in_processes
 from declip.curation.scan import Progress, short_reason
 from declip.curation.shard import Images, Report, kept_pair, valid, write_shard
+from declip.data.patterns import expand
 from declip.data.sources import BrokenPair, Source, open_sources
 from declip.data.sources.opening import UNFINISHED
 from declip.data.sources.tar_index import index_writer
-from declip.data.storage import Storage
+from declip.data.storage import Storage, is_remote
 from declip.errors import InputError, first_line
 from declip.files import check_unused, write_atomically
 from declip.pairs import Data
@@ -48,7 +49,6 @@ SHARD_PAIRS = 10_000
 # Loaders that deal out whole shards, as open_clip's, need one a process: a small set has more and smaller ones.
 _SHARDS, _FEWEST_PAIRS = 16, 1000
 _SAMPLED_SHARDS, _SAMPLED_PAIRS = 4, 16  # few shards, as a remote one is fetched whole
-_VERIFIED = 4  # shards that are read at a time
 _NAMES = ("image", "captions", "label", "key", "image_root", "templates")  # of Data, what pairs depend on
 
 
@@ -133,10 +133,26 @@ def _plan(
         "columns": data.model_dump(mode="json", include=set(_NAMES)),
         "source_pairs": len(source),
         "sample": digest.hexdigest(),
+        "files": _versions(specs, data),
         "resize": images.resize,
         "quality": images.quality,
         "shard_pairs": shard_pairs,
     }
+
+
+def _versions(specs: Sequence[str], data: Data) -> str:
+    """What changes when a file of the sources changes, but for images that a table only names."""
+    storage, digest = Storage.of(data), hashlib.sha256()
+    for path in (path for spec in specs if not spec.startswith("demo:") for path in expand(spec)):
+        files = [path]
+        if is_remote(path) and not os.path.splitext(path)[1]:
+            files = storage.files_in(path)
+        elif not is_remote(path) and os.path.isdir(path := os.path.expanduser(path)):
+            files = sorted(os.path.join(place, name) for place, _, names in os.walk(path) for name in names)
+        for file in files:
+            if not file.endswith(".index"):  # they are made beside the shards
+                digest.update(f"{file} {storage.version(file)}\n".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def _sampled(shards: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -152,7 +168,7 @@ def _sampled(shards: NDArray[np.int64]) -> NDArray[np.int64]:
 def _begun(out: Path, plan: dict[str, Any]) -> Iterator[None]:
     """The folder as this pack's alone. Raises InputError where it is another's."""
     unfinished = out / UNFINISHED
-    found = _json(unfinished) or _json(out / "manifest.json")
+    found = read_json(unfinished) or read_json(out / "manifest.json")
     if found and found.get("format") == FORMAT:
         differs = [name for name in plan if found.get(name) != plan[name]]
         if differs:
@@ -184,13 +200,13 @@ def _begun(out: Path, plan: dict[str, Any]) -> Iterator[None]:
 def _done(out: Path) -> dict[str, Report]:
     """The reports of the shards that have been written, by name."""
     reports: dict[str, Report] = {}
-    for shard in (_json(out / "manifest.json") or {}).get("shards", ()):
+    for shard in (read_json(out / "manifest.json") or {}).get("shards", ()):
         reports[shard["file"]] = {**shard, "left_out": []}
     if reports and (log := out / "log" / "left-out.jsonl").exists():
         for row in map(json.loads, log.read_text("utf-8").splitlines()):
             reports[row["shard"]]["left_out"].append(row)
     for path in (out / "log").glob("*.tar.json"):
-        if report := _json(path):
+        if report := read_json(path):
             reports[report["file"]] = report
     return reports
 
@@ -283,48 +299,6 @@ def _finished(out: Path, plan: dict[str, Any], source: Source, reports: list[Rep
     }
 
 
-def verify(folder: Path, progress: Progress | None = None) -> dict[str, Any]:
-    """Compare the shards of a pack with its manifest.
-
-    Returns ``{"folder", "shards", "pairs", "missing", "changed", "additional", "whole"}``: names of shards, and whether
-    there are none. Raises InputError where the folder holds no manifest, or its pack is not finished.
-    """
-    if (folder / UNFINISHED).exists():
-        raise InputError(f"The pack in {folder} is not finished: run the same `declip data pack` again.")
-    manifest = _json(folder / "manifest.json")
-    if not manifest or manifest.get("format") != FORMAT:
-        raise InputError(f"{folder} holds no manifest.json: it was not written by `declip data pack`.")
-    shards = manifest["shards"]
-    missing: list[str] = []
-    changed: list[str] = []
-    with ThreadPoolExecutor(_VERIFIED) as pool:
-        digests = pool.map(lambda shard: _digest(folder / shard["file"]), shards)
-        for done, (shard, digest) in enumerate(zip(shards, digests, strict=True), start=1):
-            if digest != shard["sha256"]:
-                (changed if digest else missing).append(shard["file"])
-            if progress:
-                progress("verifying shards", done, len(shards))
-    there = {path.name for path in folder.glob("*.tar")}
-    additional = sorted(there - {shard["file"] for shard in shards})
-    return {
-        "folder": str(folder),
-        "shards": len(shards),
-        "pairs": manifest["pairs"],
-        "missing": missing,
-        "changed": changed,
-        "additional": additional,
-        "whole": not (missing or changed or additional),
-    }
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
-
-
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
@@ -334,7 +308,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"), several=True)
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
     """What a file holds; None where there is none."""
     try:
         value = json.loads(path.read_bytes())
@@ -357,17 +331,3 @@ def print_packed(result: dict[str, Any], console: Console) -> None:
         console.print(f"left out: {count:,}, {reason}", style="yellow", highlight=False, markup=False)
     if result["left_out"]:
         console.print(f"They are named in {result['out']}/log/left-out.jsonl.", highlight=False, markup=False)
-
-
-def print_verified(result: dict[str, Any], console: Console) -> None:
-    """What is wrong with a pack, shard by shard."""
-    for name in ("missing", "changed", "additional"):
-        for shard in result[name]:
-            console.print(f"{name}: {shard}", style="bold red", highlight=False, markup=False)
-    if result["whole"]:
-        said = (
-            f"{counted(result['shards'], 'shard')} with {counted(result['pairs'], 'pair')}: all as they were written."
-        )
-    else:
-        said = "Delete the shards that are changed or additional, and run the same `declip data pack` again."
-    console.print(said, highlight=False, markup=False)

@@ -121,12 +121,13 @@ class Storage:
         except OSError as error:
             raise InputError(f"{path} cannot be opened: {first_line(error)}.") from None
 
-    def kept(self, name: str, fill: Callable[[Path], None]) -> Path:
+    def kept(self, name: str, fill: Callable[[Path], None], said: str = "") -> Path:
         """A derived file. Where it is missing, `fill` writes it into the file it is given, which is then renamed.
 
-        name: says all that the content depends on, the version of what it is derived from as well.
+        name: says all that the content depends on, the version of what it is derived from as well; said: what messages
+        call it.
         """
-        return self._kept(_name(name, ""), name, 0, fill)
+        return self._kept(_name(name, ""), said or name, 0, fill)
 
     def files_in(self, folder: str) -> list[str]:
         """The files of a folder, sorted; none where there is no such folder. Raises InputError where it is not read."""

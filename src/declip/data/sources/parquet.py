@@ -200,6 +200,7 @@ class ParquetSource:
         file = self.files[number]
         # The absolute path: two folders may hold files of one name, size and time.
         place = file.path if is_remote(file.path) else str(Path(file.path).resolve())
+        said = f"Row group {group} of {self._said(file)}"
         name = f"{place} {file.version} {group} {sorted(names)}.arrow"
 
         def fill(path: Path) -> None:
@@ -212,7 +213,7 @@ class ParquetSource:
 
         for _ in range(_TRIES):
             try:
-                with pa.memory_map(str(self.storage.kept(name, fill))) as mapped:
+                with pa.memory_map(str(self.storage.kept(name, fill, said))) as mapped:
                     return pa.ipc.open_file(mapped).read_all()
             except FileNotFoundError:
                 continue  # dropped between the two calls

@@ -150,9 +150,11 @@ def make_index(path: str, file: Path) -> tuple[pa.Table, list[str]]:
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if data[:2] == b"\x1f\x8b" or data[:4] == b"\x28\xb5\x2f\xfd":
                     raise InputError(f"{path} is compressed, and cannot be read at random: unpack it to a plain tar.")
-                for key, members in groupby(_named(data, problems), key=itemgetter(0)):
+                for key, group in groupby(_named(data, problems), key=itemgetter(0)):
+                    members = list(group)
                     roles = {role: member for _, extension, member in members if (role := _role(extension))}
                     if not roles:
+                        problems.add("names without a member of a known kind", members[0][2].name)
                         continue
                     columns["key"].append(key)
                     for role in ROLES:

@@ -55,7 +55,7 @@ def open_text_table(name: str, path: str, data: Data, need_captions: bool) -> Ta
             small = file.stat().st_size <= SMALL
             table = _in_memory(file, path, columns) if small else _indexed(file, path, columns, storage)
     except (UnicodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}; save it as UTF-8.") from None
     named_by_file = columns is None or columns.key in (None, columns.image)
     return TableSource(
         name=name,
