@@ -174,6 +174,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     texts = source_captions(args.captions) if args.captions else captions(20_000)
+    texts_beside = peer_text.measure(texts, args.textaugment, 3)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_shards(folder, image_views.load_images(args.data, 128), texts[: args.pairs])
@@ -188,7 +189,6 @@ def main() -> int:
             ),
         }
         taken = measure(ways, args.rounds)
-    texts_beside = peer_text.measure(texts, args.textaugment, 3)
     faster = {
         "clip": taken["clip, open_clip"] / taken["clip"],
         "declip": taken["declip, public code"] / taken["declip"],

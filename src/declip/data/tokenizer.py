@@ -96,6 +96,8 @@ class Tokenizer:
         return ids
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
+        if word.isascii() and word.isalpha():  # one part, and its letters stand for themselves
+            return tuple([token.id for token in self._pairs.tokenize(word)])
         ids: list[int] = []
         # Python's regex and Rust's differ in what a letter is, so words are split here and merged there.
         for part in _PARTS.findall(word):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import gzip
-import math
 import string
 from collections.abc import Container, Iterator, Mapping
 from importlib import resources
+from math import log1p
 
 import numpy as np
 
@@ -140,10 +140,9 @@ def _replace_word(words: list[str], synonyms: Mapping[str, tuple[str, ...]], bit
     chosen = candidates[_pick(len(candidates), bits)]
     choices = synonyms[chosen]
     synonym = choices[_pick(len(choices), bits >> 16)]
-    at = -1
-    for _ in range(cores.count(chosen)):
-        at = cores.index(chosen, at + 1)
-        words[at] = synonym if words[at] == chosen else _exchange(words[at], synonym)
+    for at, core in enumerate(cores):
+        if core == chosen:
+            words[at] = synonym if words[at] == chosen else _exchange(words[at], synonym)
     return words
 
 
@@ -178,11 +177,11 @@ def _delete_words(words: list[str], share: float, bits: int, rng: np.random.Gene
     """Each word goes with probability `share`; when all would go, a random one stays."""
     if len(words) < 2 or not share:
         return words
-    kept = words.copy()
     # How many words stay before the next one goes is geometric: a draw for each that goes, not for each there is.
-    scale = 1 / math.log1p(-share) if share < 1 else 0.0
-    at, raw, draw = 0, rng.bit_generator.random_raw, (bits >> 16) * 2.0**-32
-    while (at := at + int(math.log1p(-draw) * scale)) < len(kept):
-        del kept[at]
-        draw = (raw() >> 11) * 2.0**-53
-    return kept or [words[_pick(len(words), bits)]]
+    scale = 1 / log1p(-share) if share < 1 else 0.0
+    at, draw = 0, (bits >> 16) * 2.0**-32
+    last = words[_pick(len(words), bits)]
+    while (at := at + int(log1p(-draw) * scale)) < len(words):
+        del words[at]
+        draw = (rng.bit_generator.random_raw() >> 11) * 2.0**-53
+    return words or [last]
