@@ -80,6 +80,11 @@ def counted(count: int, what: str, plural: str = "") -> str:
     return f"{count:,} {what if count == 1 else plural or what + 's'}"
 
 
+def _about(count: float) -> str:
+    """0.036, 8.6, 256."""
+    return f"{count:,.0f}" if count >= 10 else f"{count:.2g}"
+
+
 def _broken(scan: Scan, data: Data) -> Finding:
     count = sum(found.count for found in scan.broken.values())
     share = count / len(scan.pairs)
@@ -218,7 +223,7 @@ def _equal_captions(scan: Scan, batch_size: int) -> Finding:
     per_batch = touched / min(batch_size, len(scan.pairs))
     says = (
         f"{counted(count, 'pair')} ({percent(share)}) share a caption with another. Of a batch of {batch_size:,}, "
-        f"{touched:.2g} on average have an equal caption elsewhere in it: false negatives of the contrastive loss."
+        f"{_about(touched)} on average have an equal caption elsewhere in it: false negatives of the contrastive loss."
     )
     # Where a caption came twice, in 3 % of a batch, neither option measured better; with class names positives did.
     advice = (
@@ -254,7 +259,7 @@ def _equal_images(scan: Scan, copies: Copies, batch_size: int) -> list[Finding]:
         len(scan.whole),
         scan.source.where,
         scan.source.where,
-        f"{{}} an earlier one exactly. Of a batch of {batch_size:,}, {touched:.2g} on average have an equal in it.",
+        f"{{}} an earlier one exactly. Of a batch of {batch_size:,}, {_about(touched)} on average have an equal in it.",
         "No two images are equal.",
         "`declip data dedup` makes one pair of them with all captions; or set data.keep_apart=images.",
         "image repeats",
