@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from declip.data.captions import Tokenizer, augment, load_synonyms
 from declip.data.sources import open_sources
+from declip.data.tokenizer import Tokenizer
+from declip.data.words import augment, load_synonyms
 from declip.pairs import CaptionViews, Data
 
 ODD = [

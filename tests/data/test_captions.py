@@ -7,17 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from declip.data.captions import (
-    CLIP_TOKENS,
-    EOT,
-    MASK_ID,
-    PAD,
-    SOT,
-    SpecialTokens,
-    mask_tokens,
-    tokenize,
-    tokenize_masked,
-)
+from declip.data.captions import mask_tokens, tokenize, tokenize_masked
+from declip.data.tokenizer import CLIP_TOKENS, EOT, MASK_ID, PAD, SOT, SpecialTokens
 from declip.errors import InputError
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import declip
 from declip.cli import main
-from declip.data.captions import CLIP_TOKENS
+from declip.data.tokenizer import CLIP_TOKENS
 from declip.errors import InputError
 from declip.model.embed import embed_images, embed_texts
 from declip.model.heads import ContrastiveHead, Predictor, Projector

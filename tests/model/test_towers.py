@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from declip.data.captions import MASK_ID, Tokenizer, tokenize
+from declip.data.captions import tokenize
+from declip.data.tokenizer import MASK_ID, Tokenizer
 from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image

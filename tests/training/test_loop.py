@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from declip.data.captions import Tokenizer
 from declip.data.sources import open_sources
+from declip.data.tokenizer import Tokenizer
 from declip.model.dual_encoder import DualEncoder
 from declip.recipe import Recipe, load_recipe
 from declip.training import loop

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 from declip.curation.copies import Copies, common, find_copies
 from declip.curation.duplicates import Pairs
 from declip.curation.fingerprints import fingerprint
-from declip.curation.scan import Progress, Scan, scan
+from declip.curation.scan import Scan, scan
 from declip.curation.shard import valid
 from declip.data.sources import BrokenPair, Pair, Source, open_sources
 from declip.errors import InputError
+from declip.evaluation import Progress
 from declip.files import check_unused, write_atomically
 from declip.pairs import Data
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from declip.curation.copies import find_copies
 from declip.curation.findings import find, holders
-from declip.curation.scan import Progress, Scan, scan
+from declip.curation.scan import Scan, scan
 from declip.data.sources import Source, Subset, open_sources
+from declip.evaluation import Progress
 from declip.pairs import Data
 
 if TYPE_CHECKING:

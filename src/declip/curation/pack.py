@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from declip.curation.findings import counted
 from declip.curation.processes import in_processes
-from declip.curation.scan import Progress, short_reason
+from declip.curation.scan import short_reason
 from declip.curation.shard import Images, Report, kept_pair, valid, write_shard
 from declip.data.patterns import expand
 from declip.data.sources import BrokenPair, Source, open_sources
@@ -34,6 +34,7 @@ from declip.data.sources.opening import UNFINISHED
 from declip.data.sources.tar_index import index_writer
 from declip.data.storage import Storage, is_remote
 from declip.errors import InputError, first_line
+from declip.evaluation import Progress
 from declip.files import check_unused, write_atomically
 from declip.pairs import Data
 

@@ -19,7 +19,7 @@ from declip.curation.findings import Finding, counted
 from declip.data.decode import decode_image
 from declip.data.sources import BrokenPair, Source
 from declip.evaluation.charts import compact
-from declip.evaluation.report_style import CSS
+from declip.evaluation.report_style import page
 from declip.files import write_atomically
 
 SAMPLES = 24
@@ -71,13 +71,13 @@ def write_inspection(
         _repeated(result["repeated_captions"]),
         _samples(source, whole),
     ]
-    page = _page(result, findings, "\n".join(filter(None, sections)))
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8", errors="replace"))
+    html = _page(result, findings, "\n".join(filter(None, sections)))
+    write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8", errors="replace"))
 
 
 def _page(result: dict[str, Any], findings: Sequence[Finding], body: str) -> str:
-    names = escape(" + ".join(result["data"]))
-    tested = f", held against {escape(' + '.join(result['test']))}" if result["test"] else ""
+    names = " + ".join(result["data"])
+    tested = f", held against {' + '.join(result['test'])}" if result["test"] else ""
     counts = result["counts"]
     act, look = (sum(finding.severity == severity for finding in findings) for severity in ("act", "look"))
     headline = (
@@ -95,27 +95,10 @@ def _page(result: dict[str, Any], findings: Sequence[Finding], body: str) -> str
         ("Images, encoded", _size(counts["image_bytes"])),
     ]
     listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{names}</title>
-<style>{CSS}{_STYLE}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow" style="overflow-wrap: anywhere">{names}{tested}</p>
+    header = f"""<p class="eyebrow" style="overflow-wrap: anywhere">{escape(names)}{escape(tested)}</p>
 <h1>{headline}</h1>
-<dl class="card">{listed}</dl>
-</header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+<dl class="card">{listed}</dl>"""
+    return page(names, header, body, _STYLE)
 
 
 def _size(count: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from declip.curation.fingerprints import THUMBNAIL, fingerprint, hash_bytes
 from declip.curation.processes import in_processes
 from declip.curation.words import caption_hash, not_language, script
-from declip.data.captions import Tokenizer
 from declip.data.sources import BrokenPair, Source
-
-Progress = Callable[[str, int, int], None]
+from declip.data.tokenizer import Tokenizer
+from declip.evaluation import Progress
 
 EXAMPLES = 8
 """Places that are kept of each thing found."""

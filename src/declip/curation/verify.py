@@ -11,12 +11,12 @@ import pyarrow as pa
 
 from declip.curation.findings import counted
 from declip.curation.pack import FORMAT, read_json
-from declip.curation.scan import Progress
 from declip.data.sources.index_files import index_facts
 from declip.data.sources.opening import UNFINISHED
 from declip.data.sources.tar_index import make_index
 from declip.data.storage import Storage
 from declip.errors import InputError
+from declip.evaluation import Progress
 from declip.pairs import Data
 
 if TYPE_CHECKING:

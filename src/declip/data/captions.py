@@ -11,37 +11,8 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from declip.data.tokenizer import (
-    CLIP_TOKENS,
-    EOT,
-    MASK_ID,
-    PAD,
-    SOT,
-    CaptionTokenizer,
-    SpecialTokens,
-    Tokenizer,
-)
-from declip.data.words import Synonyms, augment, load_synonyms
+from declip.data.tokenizer import CLIP_TOKENS, SpecialTokens
 from declip.errors import InputError
-
-__all__ = [
-    "CLIP_TOKENS",
-    "EOT",
-    "MASK_ID",
-    "NO_LABEL",
-    "PAD",
-    "SOT",
-    "CaptionTokenizer",
-    "SpecialTokens",
-    "Synonyms",
-    "Tokenizer",
-    "Tokens",
-    "augment",
-    "load_synonyms",
-    "mask_tokens",
-    "tokenize",
-    "tokenize_masked",
-]
 
 Tokens = NDArray[np.int64]  # [captions, longest]
 

@@ -14,7 +14,7 @@ from declip.data.decode import Pixels
 
 Planes = NDArray[np.float32]  # [3, height * width], grey levels 0..255
 
-_GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as PIL's mode L
+GREY = (0.299, 0.587, 0.114)  # ITU-R 601-2 luma, as PIL's mode L
 _BLUR_PASSES = 3  # PIL's Gaussian blur is three box blurs
 # OpenBLAS computes products of up to 64 ** 3 multiplications on one thread. Larger ones would start threads in every
 # loader worker, so these are left to PyTorch, whose threads a worker has switched off.
@@ -55,7 +55,7 @@ def _contrast(planes: Planes, factor: float) -> Planes:
     if factor == 1:
         return planes
     sums = planes.sum(axis=1).tolist()
-    mean = sum(share * total for share, total in zip(_GREY, sums, strict=True)) / planes.shape[1]
+    mean = sum(share * total for share, total in zip(GREY, sums, strict=True)) / planes.shape[1]
     planes *= factor
     planes += (1 - factor) * mean
     return planes.clip(0, 255, out=planes) if factor > 1 else planes
@@ -74,9 +74,9 @@ def _saturation(planes: Planes, factor: float) -> Planes:
 
 def grey_of(planes: Planes) -> Planes:
     """``[height * width]``."""
-    grey: Planes = planes[0] * _GREY[0]
-    grey += planes[1] * _GREY[1]
-    grey += planes[2] * _GREY[2]
+    grey: Planes = planes[0] * GREY[0]
+    grey += planes[1] * GREY[1]
+    grey += planes[2] * GREY[2]
     return grey
 
 
@@ -151,7 +151,7 @@ def blur(planes: Planes, size: int, sigma: float) -> Pixels:
 @lru_cache(maxsize=256)
 def _blur_bands(size: int, sigma_64: int) -> list[tuple[slice, slice, torch.Tensor]]:
     """The blur matrix without most of its zeros: blocks of rows, the columns where each has values, and the values."""
-    matrix, bands = _blur_matrix(size, sigma_64), []
+    matrix, bands = blur_matrix(size, sigma_64), []
     step = size if size <= _LARGEST_PRODUCT else _BLUR_BLOCK
     for start in range(0, size, step):
         block = slice(start, min(start + step, size))
@@ -161,7 +161,7 @@ def _blur_bands(size: int, sigma_64: int) -> list[tuple[slice, slice, torch.Tens
     return bands
 
 
-def _blur_matrix(size: int, sigma_64: int) -> torch.Tensor:
+def blur_matrix(size: int, sigma_64: int) -> torch.Tensor:
     """``[size, size]``: three box blurs that together have a variance of (sigma_64 / 64) ** 2; the edges repeat.
 
     A box of fractional length: Gwosdek et al. 2011, "Theoretical foundations of Gaussian convolution by extended box

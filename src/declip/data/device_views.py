@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from declip.data.batch import Batch, send
-from declip.data.colours import _GREY, Jitter, _blur_matrix
+from declip.data.colours import GREY, Jitter, blur_matrix
 from declip.data.images import View
 
 # What a view's numbers are: four strengths and their order as in Jitter, then the rest of View.
@@ -100,8 +100,8 @@ def _saturation(planes: Tensor, factor: Tensor) -> Tensor:
 
 def _grey(planes: Tensor) -> Tensor:
     """``[batch, 1, height, width]``."""
-    grey = planes[:, :1] * _GREY[0]
-    return grey.add_(planes[:, 1:2], alpha=_GREY[1]).add_(planes[:, 2:], alpha=_GREY[2])
+    grey = planes[:, :1] * GREY[0]
+    return grey.add_(planes[:, 1:2], alpha=GREY[1]).add_(planes[:, 2:], alpha=GREY[2])
 
 
 def _hue(planes: Tensor, shift: Tensor) -> Tensor:
@@ -147,4 +147,4 @@ def _blur(planes: Tensor, sigmas: list[float]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _blur_matrix_on(device: torch.device, size: int, sigma_64: int) -> Tensor:
-    return send(_blur_matrix(size, sigma_64), device)
+    return send(blur_matrix(size, sigma_64), device)

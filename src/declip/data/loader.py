@@ -15,13 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from declip.data.apart import Apart, CaptionFeatures, ImageFeatures, text_hash
 from declip.data.batch import Batch
-from declip.data.captions import CaptionTokenizer, Tokenizer, augment, load_synonyms, tokenize, tokenize_masked
+from declip.data.captions import tokenize, tokenize_masked
 from declip.data.decode import Pixels
 from declip.data.decoded import Images
 from declip.data.device_views import DRAWS, pack
 from declip.data.images import View
 from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.sources import BrokenPair, Concatenation
+from declip.data.tokenizer import CaptionTokenizer, Tokenizer
+from declip.data.words import augment, load_synonyms
 from declip.errors import InputError, RunStopped, first_line
 from declip.recipe import Recipe
 

@@ -86,7 +86,7 @@ class Storage:
         is larger than the cache.
         """
         if not is_remote(path):
-            self._check_version(path, version, self.version(path))
+            self.check_unchanged(path, version)
             return Path(path)
         wanted = version or self._known.get(path)
         if wanted and self._use(copy := self._place(_name(path, wanted))):
@@ -104,6 +104,10 @@ class Storage:
                 raise InputError(f"There is no {path} any more.") from None
 
         return self._kept(_name(path, described.version), path, described.size or 0, fill)
+
+    def check_unchanged(self, path: str, version: str | None) -> None:
+        """Ask for the file's version. Raises InputError where there is no such file, or it is of another version."""
+        self._check_version(path, version, self.version(path))
 
     def read(self, path: str) -> bytes:
         """A whole small file, not kept. Raises OSError where it is missing, InputError where it stays out of reach."""

@@ -23,7 +23,7 @@ from declip.evaluation.report_sections import (
     results,
     words,
 )
-from declip.evaluation.report_style import CSS
+from declip.evaluation.report_style import page
 from declip.files import write_atomically
 
 __all__ = ["Hit", "ModelResult", "Query", "write_report"]
@@ -61,10 +61,10 @@ def write_report(
     """
     if not models:
         raise ValueError("A report needs at least one model.")
-    page = _page(title, intro, models, queries, facts, commands)
+    html = _page(title, intro, models, queries, facts, commands)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"), several=True)
+    write_atomically(path, lambda temporary: temporary.write_text(html, encoding="utf-8"), several=True)
 
 
 def _page(
@@ -77,27 +77,10 @@ def _page(
 ) -> str:
     sections = [results(models), pictures(models, queries), _training(models), _cost(models), _facts(facts)]
     body = "\n".join(filter(None, [*sections, _commands(commands)]))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>{escape(title)}</title>
-<style>{CSS}</style>
-</head>
-<body>
-<header>
-<p class="eyebrow">{escape(title)}</p>
+    header = f"""<p class="eyebrow">{escape(title)}</p>
 <h1>{headline(models)}</h1>
-<p class="intro">{escape(intro)}</p>
-</header>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+<p class="intro">{escape(intro)}</p>"""
+    return page(title, header, body)
 
 
 def _training(models: Sequence[ModelResult]) -> str:

@@ -1,10 +1,12 @@
-"""The style sheet of ``report.html``: system fonts, one accent per model, a light and a dark page.
+"""The shell and style sheet of every ``report.html``: system fonts, one accent per model, a light and a dark page.
 
 The six model colours are told apart with every common colour blindness and have a contrast of at least 4.5:1 with
 their page, since names are set in them. Names stand beside the lines, so colour is never the only sign.
 """
 
 from __future__ import annotations
+
+from html import escape
 
 CSS = """
 :root {
@@ -132,4 +134,27 @@ code { font: 14px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation
   body { padding: 0 } section { margin-top: 36px }
   .query, .chart, tr { break-inside: avoid }
 }
+"""
+
+
+def page(title: str, header: str, body: str, style: str = "") -> str:
+    """A whole page that needs no network and may load none. All but `title` is HTML and CSS already."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{escape(title)}</title>
+<style>{CSS}{style}</style>
+</head>
+<body>
+<header>
+{header}
+</header>
+<main>
+{body}
+</main>
+</body>
+</html>
 """

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Batch
-from declip.data.captions import EOT, Tokenizer
+from declip.data.tokenizer import EOT, Tokenizer
 from declip.errors import InputError, first_line
 from declip.model.image_tower import EncodedImages, encode_image, image_widths
 from declip.model.text_tower import caption_mask, encode_text, needs_full_captions, text_facts

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from declip.data.captions import CaptionTokenizer, Tokenizer
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
+from declip.data.tokenizer import CaptionTokenizer, Tokenizer
 
 
 def build_tokenizer(text_cfg: dict[str, Any], vocabulary: int) -> CaptionTokenizer:

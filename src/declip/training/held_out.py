@@ -7,10 +7,11 @@ import math
 import numpy as np
 import torch
 
-from declip.data.captions import CaptionTokenizer, tokenize
+from declip.data.captions import tokenize
 from declip.data.decoded import Images
 from declip.data.images import eval_view
 from declip.data.sources import BrokenPair
+from declip.data.tokenizer import CaptionTokenizer
 from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from declip.data.captions import CaptionTokenizer
 from declip.data.decoded import Images
 from declip.data.sources import Source, joined, open_sources, split_holdout, take_fraction
+from declip.data.tokenizer import CaptionTokenizer
 from declip.errors import InputError
 from declip.pairs import Data
 from declip.recipe import Recipe

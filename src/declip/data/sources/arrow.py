@@ -93,7 +93,7 @@ def _source(
 ) -> TableSource:
     types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
     columns = find_columns(spec, types, data, IMAGE_NAMES, need_captions=need_captions)
-    source = table_of(spec, folder, Storage.of(data), need_captions, rows, columns)
+    source = table_of(spec, folder, Storage.of(data), need_captions, columns, rows, rows[columns.image])
     label = source.label_column
     feature = features.get(columns.label) if columns.label else None
     names = feature.get("names") if isinstance(feature, dict) else None

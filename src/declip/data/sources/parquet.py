@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from declip.data.sources.base import Pair, one_shard, position
 from declip.data.sources.columns import IMAGE_NAMES, Columns, find_columns
-from declip.data.sources.table import TableSource
+from declip.data.sources.table import TableSource, table_of
 from declip.data.storage import Storage, is_remote, parent
 from declip.errors import InputError, first_line
 from declip.pairs import Data
@@ -168,7 +168,7 @@ class ParquetSource:
         with _said_as(self._said(file)), pq.ParquetFile(file.path) as opened:
             rows = opened.read(columns=self.columns.names)
             _check_count(rows.num_rows, int(self._parts[part, 3]))
-        self._check_unchanged(file)
+        self.storage.check_unchanged(file.path, file.version)
         return self._table(part, rows, rows[image])
 
     def _open_texts(self, part: int) -> TableSource:
@@ -180,19 +180,11 @@ class ParquetSource:
         return self._table(part, rows, range(self._parts[part, 3]))  # which gives it its length, without images
 
     def _table(self, part: int, rows: Any, images: Any) -> TableSource:
-        columns, file = self.columns, self.files[self._parts[part, 0]]
-        return TableSource(
-            name=self.name,
-            file=self._said(file),
-            folder=parent(file.path),
-            storage=self.storage,
-            need_captions=self.need_captions,
-            image_column=images,
-            caption_columns=[rows[name] for name in columns.captions],
-            label_column=rows[columns.label] if columns.label else None,
-            key_column=rows[columns.key] if columns.key else None,
-            first=int(self._parts[part, 2]),
+        file = self.files[self._parts[part, 0]]
+        table = table_of(
+            self._said(file), parent(file.path), self.storage, self.need_captions, self.columns, rows, images
         )
+        return replace(table, first=int(self._parts[part, 2]))
 
     def _unpacked(self, part: int, names: Sequence[str], *, images: bool) -> pa.Table:
         """Columns of a row group, mapped from the cache."""
@@ -204,12 +196,12 @@ class ParquetSource:
         name = f"{place} {file.version} {group} {sorted(names)}.arrow"
 
         def fill(path: Path) -> None:
-            self._check_unchanged(file)
+            self.storage.check_unchanged(file.path, file.version)
             # Images are worth a copy of a remote file; texts alone are not.
             source = self.storage.open(str(self.storage.local(file.path, file.version)) if images else file.path)
             with source, _said_as(self._said(file)), pq.ParquetFile(source, buffer_size=_BUFFER) as opened:
                 _check_count(_unpack(opened, group, names, _IMAGES if images else _TEXTS, path), length)
-            self._check_unchanged(file)
+            self.storage.check_unchanged(file.path, file.version)
 
         for _ in range(_TRIES):
             try:
@@ -221,10 +213,6 @@ class ParquetSource:
             f"{self.storage.folder} loses files faster than they can be opened: say a larger data.disk_gb, so that the "
             "row groups that are read at a time have room."
         )
-
-    def _check_unchanged(self, file: _File) -> None:
-        if self.storage.version(file.path) != file.version:
-            raise InputError(f"{file.path} has changed since it was opened: start again.")
 
 
 def _unpack(file: pq.ParquetFile, group: int, names: Sequence[str], batch: int, path: Path) -> int:

@@ -115,15 +115,17 @@ class TableSource:
         return bytes(value)
 
 
-def table_of(name: str, folder: str, storage: Storage, need_captions: bool, rows: Any, columns: Columns) -> TableSource:
-    """The pairs of an Arrow table."""
+def table_of(
+    file: str, folder: str, storage: Storage, need_captions: bool, columns: Columns, rows: Any, images: Any
+) -> TableSource:
+    """The pairs of an Arrow table. images: their column, which need not be among `rows`."""
     return TableSource(
-        name=name,
-        file=name,
+        name=file,
+        file=file,
         folder=folder,
         storage=storage,
         need_captions=need_captions,
-        image_column=rows[columns.image],
+        image_column=images,
         caption_columns=[rows[column] for column in columns.captions],
         label_column=rows[columns.label] if columns.label else None,
         key_column=rows[columns.key] if columns.key else None,
