@@ -23,7 +23,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.dims = [0, *range(2, x.ndim)]
-        local = torch.stack(torch.var_mean(x.float(), ctx.dims, correction=0))
+        local = torch.stack(torch.var_mean(x.to(weight.dtype), ctx.dims, correction=0))
         found = local.new_empty(count * 2, x.shape[1])
         all_gather(found, local)
         variances, means = found.view(count, 2, -1).unbind(1)
@@ -38,8 +38,8 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, scale = ctx.saved_tensors
         shape = [1, -1] + [1] * (x.ndim - 2)
-        gradient = gradients[0].float()
-        normal = (x.float() - mean.view(shape)) * scale.view(shape)
+        gradient = gradients[0].to(weight.dtype)
+        normal = (x.to(weight.dtype) - mean.view(shape)) * scale.view(shape)
         bias_gradient, weight_gradient = gradient.sum(ctx.dims), (gradient * normal).sum(ctx.dims)
         sums = torch.stack([bias_gradient, weight_gradient])
         dist.all_reduce(sums)
