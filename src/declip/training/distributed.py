@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -159,6 +160,8 @@ def share_gradients(step: nn.Module, ranks: Ranks) -> nn.Module:
         return step
     # Some parameters may have no part in the loss, say a projection that no term uses. In a graph that stays the same
     # DDP finds them once. Buffers are the same on all ranks, or each rank's own.
+    # Convolutions give gradients in another order of dimensions, which DDP copies; it says so for 1 × 1 kernels.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     names = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in names)  # it was renamed
     options: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": True, buffers: False}
