@@ -15,3 +15,10 @@ def first_line(error: BaseException) -> str:
 
 class RunStopped(Exception):
     """A run that something outside of it has stopped, after its state was saved: one sentence, exit code 1."""
+
+
+RANK_LOST = 3  # exit code of a rank under `--gpus` that ended because another had
+
+
+class RankLost(RunStopped):
+    """Another process of the run has ended; what made it end is said there."""

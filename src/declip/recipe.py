@@ -114,6 +114,11 @@ class Engine(Section):
     )
     threads: int | None = Field(None, gt=0, description="CPU threads for the towers (default: PyTorch's choice)")
     compile: bool = Field(False, description="torch.compile the towers")
+    sync_batch_norm: bool = Field(
+        True,
+        description="with several ranks, batch norm sees the global batch, as one process does; false: each rank its "
+        "own part (reference)",
+    )
 
 
 class Evaluation(Section):

@@ -23,6 +23,7 @@ from declip.training.held_out import HeldOut
 from declip.training.logging import read_metrics
 from declip.training.loop import train
 from declip.training.pairs import open_pairs, total_steps, used_tokens
+from declip.training.step import autocast
 
 MakeRecipe = Callable[..., Recipe]
 TIMING = ("seconds", "samples_per_second")
@@ -119,7 +120,7 @@ def test_bfloat16(tiny: MakeRecipe, tmp_path: Path, method: str) -> None:
 
 def test_attention_on_a_cpu_in_bfloat16_is_made_of_plain_products() -> None:
     for precision, flash in (("float32", True), ("bfloat16", False)):
-        with loop.autocast(torch.device("cpu"), precision):
+        with autocast(torch.device("cpu"), precision):
             assert torch.backends.cuda.flash_sdp_enabled() is flash  # CPUs heed this flag too
             assert torch.is_autocast_enabled("cpu") is not flash
     assert torch.backends.cuda.flash_sdp_enabled()

@@ -13,13 +13,14 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import declip
 from declip.cli.data import add_data
-from declip.cli.terminal import command, console, folder, positive, progress_bar
-from declip.errors import InputError, RunStopped
+from declip.cli.terminal import command, console, folder, positive, progress_bar, whole
+from declip.errors import RANK_LOST, InputError, RankLost, RunStopped
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
 DONE, STOPPED, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
@@ -28,6 +29,16 @@ DONE, STOPPED, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 stopped from outside, 2 wrong input, 130 interrupted."""
     _write_utf8()
+    if not _is_rank():
+        return _run(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is said in one sentence, not in frames
+    from declip.training.distributed import leave, only_first_prints
+
+    only_first_prints()
+    return leave(_run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args = _parse(argv)
         if args.json:
@@ -40,10 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except InputError as error:
         return _fail(str(error))
+    except RankLost as error:
+        return RANK_LOST if "DECLIP_LAUNCHED" in os.environ else _fail(str(error), STOPPED)
     except RunStopped as error:
         return _fail(str(error), STOPPED)
     except KeyboardInterrupt:
-        print("declip: interrupted.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the ranks stop together
+            print("declip: interrupted.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python must not complain again when it flushes at exit.
@@ -55,14 +69,40 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = f" while writing {error.filename}" if error.filename else ""
             return _fail(f"the disk is full{where}: make room and run the command again.")
         if error.errno is None or not error.filename:
-            raise
+            return _crashed()
         return _fail(f"{error.filename}: {error.strerror}.")
+    except Exception:
+        return _crashed()
     return int(args.code)
 
 
+def _crashed() -> int:
+    """A mistake of ours: the traceback, from one of several ranks."""
+    if not _is_rank():
+        raise
+    if _speaks():
+        traceback.print_exc()
+    return STOPPED
+
+
 def _fail(sentence: str, code: int = WRONG_INPUT) -> int:
-    print(f"declip: {sentence}", file=sys.stderr)
+    if _speaks():
+        print(f"declip: {sentence}", file=sys.stderr)
     return code
+
+
+def _is_rank() -> bool:
+    """Whether this is one of several processes that train together, as torchrun starts them."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _speaks() -> bool:
+    """Whether this process says what went wrong: of several ranks one does."""
+    if not _is_rank():
+        return True
+    from declip.training.distributed import speaks
+
+    return speaks()
 
 
 def _write_utf8() -> None:
@@ -126,6 +166,9 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("overrides", metavar="path=value", nargs="*", help="change a field of the recipe")
     parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="the run folder")
     parser.add_argument("--resume", action="store_true", help="go on where the run in DIR stopped")
+    parser.add_argument(
+        "--gpus", type=whole, metavar="N", help="train with N processes on this machine, a GPU each (or N on the CPU)"
+    )
     parser.set_defaults(rest="overrides")
 
 
@@ -189,11 +232,28 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     from declip.recipe import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)  # before PyTorch, so that a slip is answered at once
+    if args.gpus and not _is_rank():
+        return _launch(args)
     from declip.training.loop import train
 
     summary = train(recipe, args.out, resume=args.resume, quiet=args.json)
     if not args.json:
         print(f"The run is in {args.out}. Judge it: declip evaluate {args.out} DATA")
+    return summary
+
+
+def _launch(args: argparse.Namespace) -> dict[str, Any]:
+    """`train` as several processes; theirs is what is said and the exit code."""
+    from declip.training.launch import launch
+
+    flags = [flag for flag, given in (("--resume", args.resume), ("--json", args.json)) if given]
+    args.code, printed = launch(["train", args.recipe, *args.overrides, "--out", args.out, *flags], args.gpus)
+    if args.code != DONE:
+        raise SystemExit(args.code)
+    if not args.json:
+        print(printed, end="")
+        return {}
+    summary: dict[str, Any] = json.loads(printed)
     return summary
 
 

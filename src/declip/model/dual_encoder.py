@@ -17,6 +17,7 @@ from declip.model.image_tower import EncodedImages, encode_image, image_widths
 from declip.model.text_tower import caption_mask, encode_text, needs_full_captions, text_facts
 from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config
+from declip.ranks import ALONE, Ranks
 from declip.recipe import Recipe
 
 # Mean and standard deviation of pixels by name; the first are open_clip's own.
@@ -39,6 +40,7 @@ class Features:
     image_tokens: [image views, batch, tokens, width]; None when no term asks
     text_tokens: by text view [batch, tokens, width], for the views that some term asks for
     text_mask: by text view bool [batch, tokens], false where a caption is padded, for the same views
+    ranks: the processes that share the global batch; everything above is this one's part of it
     """
 
     image: Tensor
@@ -49,6 +51,7 @@ class Features:
     image_tokens: Tensor | None = None
     text_tokens: dict[str, Tensor] = field(default_factory=dict)
     text_mask: dict[str, Tensor] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     @cached_property
     def unit_image(self) -> Tensor:
@@ -61,6 +64,17 @@ class Features:
     @cached_property
     def _unit_text(self) -> dict[str, Tensor]:
         return {view: F.normalize(embedding.float(), dim=-1) for view, embedding in self.text.items()}
+
+    def global_texts(self, views: Sequence[str]) -> Tensor:
+        """`unit_texts` of the global batch: [len(views), global batch, dim]. A view is gathered once for all terms."""
+        if new := [view for view in views if view not in self._global_text]:
+            gathered = self.ranks.gather(self.unit_texts(new), dim=1)
+            self._global_text.update(zip(new, gathered, strict=True))
+        return torch.stack([self._global_text[view] for view in views])
+
+    @cached_property
+    def _global_text(self) -> dict[str, Tensor]:
+        return {}
 
 
 class DualEncoder(nn.Module):

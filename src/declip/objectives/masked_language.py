@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
+from declip.ranks import ALONE, Ranks
 
 
 class MaskedLanguage(nn.Module):
@@ -35,15 +36,16 @@ class MaskedLanguage(nn.Module):
     def forward(self, features: Features, batch: Batch) -> Tensor:
         if "masked" not in features.text_tokens or batch.labels is None:
             raise ValueError("masked language modelling needs the masked text view and its tokens")
-        return self.loss(features.text_tokens["masked"], batch.labels)
+        return self.loss(features.text_tokens["masked"], batch.labels, features.ranks)
 
-    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, tokens: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> Tensor:
         """On tensors alone: the mean over hidden positions j of CE(W x_j + b, label_j).
 
         tokens: [batch, tokens, width]; labels: int64 [batch, tokens], -100 where nothing is hidden.
+        ranks: with several the mean is over the hidden positions of all, however they are spread.
         """
         hidden = labels != -100
         logits = self.head(tokens[hidden])
         labels = labels[hidden] if self.index is None else self.index[labels[hidden]]
         total = F.cross_entropy(logits, labels, reduction="sum")
-        return total / hidden.sum().clamp(min=1)
+        return ranks.count * total / ranks.sum(hidden.sum()).clamp(min=1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
+from declip.ranks import ALONE, Ranks
 
 EMPTY = -1
 
@@ -25,6 +26,9 @@ class NearestNeighbour(nn.Module):
     enqueue: the text views that enter the ring, where not those whose neighbours are sought
     exclude_own: entries of the same sample are no neighbours, and a neighbour that belongs to the image's own sample,
         or is its own positive again, is no negative. Small sets are full of both; the reference excludes neither.
+    With several ranks the ring is one and the same on all: each searches it for its own texts, and the texts of all
+    enter it.
+
     random_start: the ring starts full of random directions, as in the reference; otherwise the term is 0 until there
         is something to find.
     """
@@ -53,28 +57,39 @@ class NearestNeighbour(nn.Module):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
-        entering = None if self.enqueue == self.texts else features.unit_texts(self.enqueue)
         images, texts = features.unit_image[: self.images], features.unit_texts(self.texts)
-        return self.loss(images, texts, features.logit_scale, batch.sample_ids, entering)
+        entering = features.global_texts(self.enqueue) if self.training else None
+        return self.loss(images, texts, features.logit_scale, batch.sample_ids, entering, features.ranks)
 
     def loss(
-        self, images: Tensor, texts: Tensor, logit_scale: Tensor, sample_ids: Tensor, entering: Tensor | None = None
+        self,
+        images: Tensor,
+        texts: Tensor,
+        logit_scale: Tensor,
+        sample_ids: Tensor,
+        entering: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> Tensor:
         """On tensors alone: the mean over image views v and text views u of CE(s · I_v N(T_u)ᵀ), N the neighbours.
 
         images: [image views, batch, dim] and texts: [text views, batch, dim], both normalised; sample_ids: int64
-        [batch], which sample each row is; entering: the texts that enter the ring, by default `texts`. Outside of
-        training nothing enters.
+        [batch], which sample each row is; entering: [views, batch of all ranks, dim], the texts that enter the ring, by
+        default `texts`. Outside of training nothing enters.
         """
         texts = texts.detach()
         rows, found = self._search(texts.flatten(0, 1), sample_ids.repeat(len(texts)))
         rows, found = (torch.unflatten(x, 0, (len(texts), -1)) for x in (rows, found))  # [text views, batch]
+        # The ring is the same everywhere, so ranks tell one another places in it instead of embeddings.
+        global_rows, global_found = ranks.gather(rows, dim=1), ranks.gather(found, dim=1)
         loss = images.new_zeros(())
-        if found.any():
-            loss = self._loss(images, logit_scale, sample_ids, rows, found)
+        if global_found.any():
+            losses = self._losses(images, logit_scale, sample_ids, rows, global_rows, global_found, ranks)
+            # Of all that were found, wherever: a rank may have found none.
+            loss = losses[:, found].sum() * ranks.count / (len(images) * global_found.sum())
         if self.training:
-            for view in reversed(texts if entering is None else entering.detach()):
-                self._enqueue(view, sample_ids)
+            ids = ranks.gather(sample_ids)
+            for view in reversed(ranks.gather(texts, dim=1) if entering is None else entering.detach()):
+                self._enqueue(view, ids)
         return loss
 
     @torch.no_grad()
@@ -87,15 +102,26 @@ class NearestNeighbour(nn.Module):
         best, rows = similarity.max(dim=-1)
         return rows, best != float("-inf")
 
-    def _loss(self, images: Tensor, logit_scale: Tensor, sample_ids: Tensor, rows: Tensor, found: Tensor) -> Tensor:
-        logits = logit_scale * torch.einsum("vbd,ucd->vubc", images, self.queue[rows])
+    def _losses(
+        self,
+        images: Tensor,
+        logit_scale: Tensor,
+        sample_ids: Tensor,
+        rows: Tensor,
+        all_rows: Tensor,
+        all_found: Tensor,
+        ranks: Ranks,
+    ) -> Tensor:
+        """Each image view's cross-entropy against the neighbours of all ranks: [image views, text views, batch]."""
+        first = ranks.rank * rows.shape[1]
+        logits = logit_scale * torch.einsum("vbd,ucd->vubc", images, self.queue[all_rows])
         if self.exclude_own:
-            own = self.queue_ids[rows][:, None, :] == sample_ids[None, :, None]
-            same = rows[:, None, :] == rows[:, :, None]
-            diagonal = torch.eye(rows.shape[1], dtype=torch.bool, device=rows.device)
-            logits = logits.masked_fill((own | same | ~found[:, None, :]) & ~diagonal, float("-inf"))
-        losses = logits.logsumexp(dim=-1) - logits.diagonal(dim1=-2, dim2=-1)  # [image views, text views, batch]
-        return losses[:, found].mean()
+            own = self.queue_ids[all_rows][:, None, :] == sample_ids[None, :, None]
+            same = all_rows[:, None, :] == rows[:, :, None]
+            negative = torch.ones(rows.shape[1], all_rows.shape[1], dtype=torch.bool, device=rows.device)
+            negative.diagonal(first).fill_(False)
+            logits = logits.masked_fill((own | same | ~all_found[:, None, :]) & negative, float("-inf"))
+        return logits.logsumexp(dim=-1) - logits.diagonal(first, dim1=-2, dim2=-1)
 
     @torch.no_grad()
     def _enqueue(self, texts: Tensor, sample_ids: Tensor) -> None:

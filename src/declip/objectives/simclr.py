@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
 from declip.model.heads import ContrastiveHead
+from declip.ranks import ALONE, Ranks
 
 
 def nt_xent(
@@ -56,8 +57,13 @@ class SimCLR(nn.Module):
     def forward(self, features: Features, batch: Batch) -> Tensor:
         if features.pooled_image is None:
             raise ValueError("SimCLR needs the image tower's pooled features")
-        return self.loss(*features.pooled_image[list(self.views)])
+        view1, view2 = features.pooled_image[list(self.views)]
+        return self.loss(view1, view2, features.ranks)
 
-    def loss(self, view1: Tensor, view2: Tensor) -> Tensor:
+    def loss(self, view1: Tensor, view2: Tensor, ranks: Ranks = ALONE) -> Tensor:
         """On tensors alone: two views' features [batch, width of the tower] each."""
-        return nt_xent(self.head(view1), self.head(view2), self.temperature)
+        z1, z2 = self.head(view1), self.head(view2)
+        if ranks.count == 1:
+            return nt_xent(z1, z2, self.temperature)
+        both = ranks.gather(torch.stack([z1, z2]), dim=1)
+        return nt_xent(z1, z2, self.temperature, (both[0], both[1]), ranks.rank * len(z1))

@@ -26,7 +26,7 @@ def check_run(out: Path, recipe: Recipe, resume: bool) -> bool:
     stored = out / RECIPE
     if not stored.is_file():
         raise InputError(f"{out} holds no run to resume: leave out --resume to start one there.")
-    difference = _first_difference(load_recipe(stored), recipe)
+    difference = first_difference(load_recipe(stored), recipe)
     if difference:
         raise InputError(f"{out} was trained with another recipe ({difference}): resume with the same one.")
     return (out / LAST).is_file()
@@ -44,7 +44,8 @@ def make_run(out: Path, recipe: Recipe) -> None:
     write_atomically(out / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _first_difference(stored: Recipe, asked: Recipe) -> str | None:
+def first_difference(stored: Recipe, asked: Recipe) -> str | None:
+    """The first field in which two recipes differ, and both values; None where they are the same."""
     old, new = _flat(stored.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):

@@ -74,6 +74,28 @@ class RunLog:
                 self._board.add_scalar(name, value, row["step"])
 
 
+class NoLog(RunLog):
+    """Of the ranks beside the first: says and writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def train(self, row: dict[str, Any]) -> None:
+        pass
+
+    def held_out(self, row: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str, style: str | None = None) -> None:
+        pass
+
+
 def cut_metrics(out: Path, step: int) -> None:
     """Drop the rows after `step` from metrics.jsonl: a resumed run makes them again."""
     path = out / "metrics.jsonl"

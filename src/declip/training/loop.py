@@ -14,21 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 
 from declip.data.decoded import Images, check_broken, open_images
 from declip.data.device_views import finish_views
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import BrokenPair
-from declip.errors import InputError, RunStopped, first_line
+from declip.errors import InputError, RunStopped
 from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise
 from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
 from declip.objectives.objective import Objective, build_objective
+from declip.ranks import ALONE, Ranks
 from declip.recipe import Recipe
+from declip.training.batch_norm import synchronise
 from declip.training.checkpoint import (
     HEADS_BEST,
     WEIGHTS_BEST,
@@ -37,11 +38,21 @@ from declip.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from declip.training.distributed import (
+    agree,
+    broadcast,
+    draw_apart,
+    joined_ranks,
+    local_device,
+    one_voice,
+    share_gradients,
+)
 from declip.training.heads import heads_of, start_from
 from declip.training.held_out import HeldOut
-from declip.training.logging import RunLog, cut_metrics, resident_bytes
+from declip.training.logging import NoLog, RunLog, cut_metrics, resident_bytes
 from declip.training.optimizer import build_optimizer, learning_rate
 from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tokens
+from declip.training.step import Step, pick_device
 
 LOG_SECONDS = 0.5
 SAVE_SECONDS = 60.0
@@ -51,12 +62,40 @@ MEMORY_SECONDS = 5.0
 def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train a recipe into the run folder `out` and return a summary of the run.
 
+    As one of several processes where torchrun has started them (`training.distributed`).
     Raises InputError for bad input and for a loss that is no longer a number, and KeyboardInterrupt on Ctrl-C, after
     the state is saved.
     """
-    out = Path(out)
-    going_on = check_run(out, recipe, resume)
-    device = pick_device(recipe.engine.device)
+    with joined_ranks(recipe) as ranks:
+        with one_voice(ranks):
+            run = _set_up(recipe, Path(out), resume, ranks)
+        log = NoLog() if ranks.rank else RunLog(run.out, recipe.name, run.steps, run.step, quiet)
+        with log, interrupts_between_steps() as interrupted:
+            try:
+                run.go(log, interrupted)
+            except KeyboardInterrupt:
+                run.save()
+                if run.stopping:
+                    broadcast(None, ranks)  # the others wait for rank 0: whoever started them ends all when one ends
+                log.say(
+                    f"\nStopped at step {run.step} of {run.steps}; saved. To go on: the same command with --resume."
+                )
+                raise
+            except RunStopped as error:
+                run.save()
+                where = f"The run is saved at step {run.step} of {run.steps}; to go on"
+                raise RunStopped(
+                    f"{error} {'To go on from the last checkpoint' if ranks.rank else where}: the same command with "
+                    "--resume."
+                ) from None
+        return run.finish()
+
+
+def _set_up(recipe: Recipe, out: Path, resume: bool, ranks: Ranks) -> Run:
+    """Everything that can be wrong is found out here, before the first step."""
+    # Rank 0 alone looks: it soon makes the folder, and another would find it there.
+    going_on = broadcast(ranks.rank == 0 and check_run(out, recipe, resume), ranks)
+    device = pick_device(local_device(recipe.engine.device))
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
     pairs, held_pairs = open_pairs(recipe.data)
@@ -73,25 +112,14 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     if recipe.model.start and not going_on:
         start_from(recipe.model, model, objective)
     held_out = None
-    if held_images:
+    if held_images and not ranks.rank:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
-    make_run(out, recipe)
-    run = Run(recipe, out, device, model, objective, images, held_out, steps)
+    if not ranks.rank:
+        make_run(out, recipe)
+    run = Run(recipe, out, device, model, objective, images, held_out, steps, ranks)
     if going_on:
         run.restore(read_checkpoint(out))
-    with RunLog(out, recipe.name, steps, run.step, quiet) as log, interrupts_between_steps() as interrupted:
-        try:
-            run.go(log, interrupted)
-        except KeyboardInterrupt:
-            run.save()
-            log.say(f"\nStopped at step {run.step} of {steps}; saved. To go on: the same command with --resume.")
-            raise
-        except RunStopped as error:
-            run.save()
-            raise RunStopped(
-                f"{error} The run is saved at step {run.step} of {steps}; to go on: the same command with --resume."
-            ) from None
-    return run.finish()
+    return run
 
 
 @contextlib.contextmanager
@@ -119,39 +147,6 @@ def interrupts_between_steps() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device a recipe names; `auto` takes CUDA, then Apple's MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros((), device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"engine.device = {name!r} cannot be used: {first_line(error)}.") from None
-
-
-@contextlib.contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """bfloat16 autocast where it is asked for, or with `auto` where the device computes in it natively."""
-    if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_bfloat16(device)
-        precision = "bfloat16" if native else "float32"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"))
-        if device.type == "cpu" and precision == "bfloat16":
-            # PyTorch's flash attention for CPUs takes two to five times longer than plain products in bfloat16.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
-
-
-@functools.cache
-def _cpu_computes_bfloat16(device: torch.device) -> bool:
-    # Without these instructions bfloat16 is emulated, about twenty times slower than float32.
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type != "cpu" or not cpuinfo.is_file():
-        return False
-    return bool({"amx_bf16", "avx512_bf16"} & set(cpuinfo.read_text().split()))
-
-
 class Run:
     """The state of a run between two steps: what a checkpoint holds."""
 
@@ -165,9 +160,10 @@ class Run:
         images: Images,
         held_out: HeldOut | None,
         steps: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe, self.out, self.device, self.held_out, self.steps = recipe, out, device, held_out, steps
-        self.images = images
+        self.images, self.ranks = images, ranks
         self.model, self.objective = model.to(device), objective.to(device)
         if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
             self.model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
@@ -178,7 +174,7 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
         self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
-        self.loss_at_best, self.sound = math.inf, True
+        self.loss_at_best, self.sound, self.stopping = math.inf, True, False
         kept = images.kept or []
         self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
 
@@ -189,27 +185,27 @@ class Run:
         if self._has_stopped_rising():
             return
         towers = self.model.image_size, self.model.context_length, self.model.tokenizer, self.model.full_captions
-        maker = BatchMaker(self.images, self.recipe, *towers)
-        model = torch.compile(self.model) if self.recipe.engine.compile else self.model
+        maker = BatchMaker(self.images, self.recipe, *towers, rank=self.ranks.rank, ranks=self.ranks.count)
+        step = self._step()
         every = max(1, round(self.recipe.evaluation.every * self.steps))
         self.model.train()
         logged = saved = clock = time.perf_counter()
         logged_step = self.step
         for batch in make_loader(maker, self.step, self.steps, self.recipe.data.workers):
-            self._note_broken(batch.broken, log)
+            draw_apart(self.ranks, self.recipe.seed, self.step)
             rate = learning_rate(self.step, self.steps, self.recipe)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * (group["peak"] / self.recipe.optimizer.lr)
             batch = finish_views(batch.to(self.device))
-            with autocast(self.device, self.recipe.engine.precision):
-                features = model(batch)
-            loss, terms = self.objective(features, batch)
-            self._stop_if_not_finite(loss, terms)
+            loss, terms = step(batch)
+            agreed = agree(self.ranks, loss, terms, batch.broken, interrupted())
+            self._note_broken(agreed.broken, log)
+            self._stop_if_not_finite(agreed.loss, agreed.terms)
             self.optimizer.zero_grad()
             loss.backward()
             if self.recipe.optimizer.clip_norm:
                 norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_norm)
-                self._stop_if_not_finite(norm, terms)
+                self._stop_if_not_finite(norm, agreed.terms)
             self.optimizer.step()
             self.model.clamp_logit_scale()
             self.objective.clamp_logit_scale()
@@ -220,9 +216,9 @@ class Run:
             judged = self.step % every == 0 or self.step == self.steps
             if judged or now - logged >= LOG_SECONDS:
                 speed = (self.step - logged_step) * self.recipe.schedule.batch_size / max(now - logged, 1e-9)
-                log.train(self._row(loss, terms, rate, speed))
+                log.train(self._row(agreed.loss, agreed.terms, rate, speed))
             if judged:
-                self._judge(log, float(loss.detach()))
+                self._judge(log, float(agreed.loss.detach()))
             if judged or now - saved >= SAVE_SECONDS:
                 self.save()
                 saved = time.perf_counter()
@@ -233,8 +229,16 @@ class Run:
             if self._has_stopped_rising():
                 log.say(f"Stopped at step {self.step}: no better held-out score since step {self.best_step}.")
                 break
-            if interrupted():
+            if agreed.interrupted or (self.ranks.count == 1 and interrupted()):
+                self.stopping = True
                 raise KeyboardInterrupt
+
+    def _step(self) -> nn.Module:
+        if self.ranks.count > 1 and self.recipe.engine.sync_batch_norm:
+            synchronise(self.model, self.ranks)
+            synchronise(self.objective, self.ranks)
+        model: Any = torch.compile(self.model) if self.recipe.engine.compile else self.model
+        return share_gradients(Step(model, self.objective, self.recipe.engine.precision, self.ranks), self.ranks)
 
     def _row(self, loss: Tensor, terms: dict[str, Tensor], rate: float, speed: float) -> dict[str, Any]:
         if self.device.type == "cuda":
@@ -254,9 +258,10 @@ class Run:
 
     def _judge(self, log: RunLog, loss: float) -> None:
         """Score the held-out pairs, keep the best weights, and warn where the run has begun to overfit."""
-        if self.held_out is None:
+        own = None if self.held_out is None else self.held_out.score(self.model, self.device, self.token_wise)
+        metrics = broadcast(own, self.ranks)
+        if metrics is None:
             return
-        metrics = self.held_out.score(self.model, self.device, self.token_wise)
         self.sound = math.isfinite(metrics["score"])
         if not self.sound:
             return
@@ -266,9 +271,10 @@ class Run:
         if metrics["score"] > self.best_score:
             self.best_score, self.best_step = metrics["score"], self.step
             self.worse_in_a_row, self.loss_at_best = 0, loss
-            save_weights(self.out / WEIGHTS_BEST, self.model.clip.state_dict())
-            if heads := heads_of(self.model, self.objective):
-                save_weights(self.out / HEADS_BEST, heads)
+            if not self.ranks.rank:
+                save_weights(self.out / WEIGHTS_BEST, self.model.clip.state_dict())
+                if heads := heads_of(self.model, self.objective):
+                    save_weights(self.out / HEADS_BEST, heads)
             return
         self.worse_in_a_row += 1
         if self.worse_in_a_row >= 3 and loss < self.loss_at_best and not self.warned:
@@ -309,7 +315,7 @@ class Run:
     def save(self) -> None:
         """Write checkpoints/last.pt, unless the weights are no longer numbers: then the earlier one stays."""
         self.sound = self.sound and all(bool(parameter.isfinite().all()) for parameter in self.parameters)
-        if not self.sound:
+        if not self.sound or self.ranks.rank:
             return
         save_checkpoint(
             self.out,
@@ -336,7 +342,8 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         for name, value in state["progress"].items():
             setattr(self, name, value)
-        cut_metrics(self.out, self.step)
+        if not self.ranks.rank:
+            cut_metrics(self.out, self.step)
 
     _PROGRESS = (
         *("step", "seconds", "peak_memory"),
@@ -347,15 +354,8 @@ class Run:
         """Turn the run folder into an open_clip model (the best weights) and sum the run up."""
         if not self.sound:
             raise self._not_a_number(f"model's output is not a number after step {self.step}")
-        last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
-        for name, best in ((WEIGHTS, self.out / WEIGHTS_BEST), (HEADS, self.out / HEADS_BEST)):
-            if best.is_file():
-                write_atomically(self.out / name, functools.partial(shutil.copyfile, best))
-            elif last[name]:
-                save_weights(self.out / name, last[name])
-        if isinstance(self.model.tokenizer, HuggingFaceTokenizer):
-            self.model.tokenizer.save(self.out)
-        write_config(self.out, open_clip_config(self.recipe))
+        if not self.ranks.rank:
+            self._write_model()
         pairs_seen = self.step * self.recipe.schedule.batch_size
         return {
             "run": str(self.out),
@@ -370,3 +370,14 @@ class Run:
             "best_step": self.best_step,
             "broken": len(self.broken),
         }
+
+    def _write_model(self) -> None:
+        last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
+        for name, best in ((WEIGHTS, self.out / WEIGHTS_BEST), (HEADS, self.out / HEADS_BEST)):
+            if best.is_file():
+                write_atomically(self.out / name, functools.partial(shutil.copyfile, best))
+            elif last[name]:
+                save_weights(self.out / name, last[name])
+        if isinstance(self.model.tokenizer, HuggingFaceTokenizer):
+            self.model.tokenizer.save(self.out)
+        write_config(self.out, open_clip_config(self.recipe))

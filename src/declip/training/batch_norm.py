@@ -1,0 +1,75 @@
+"""Batch norm over the rows of all ranks. PyTorch's own SyncBatchNorm does not run on CPUs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from declip.ranks import Ranks, all_gather
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class _Normalise(torch.autograd.Function):
+    """Batch norm with the mean and variance of all ranks, [batch, channels, ...]; also returns the two, [channels]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.dims = [0, *range(2, x.ndim)]
+        # PyTorch's own kernel reads x once; var_mean over several dimensions takes many times as long on CPUs.
+        _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        local = torch.stack([scale**-2 - eps, mean])
+        found = local.new_empty(count * 2, x.shape[1])
+        all_gather(found, local)
+        variances, means = found.view(count, 2, -1).unbind(1)
+        # Ranks have equally many rows. This form loses no digits where the mean is large.
+        mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.elements = count * x.numel() / x.shape[1]
+        ctx.mark_non_differentiable(mean, var)
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        gradient = gradients[0].to(weight.dtype)
+        normal = (x.to(weight.dtype) - mean.view(shape)) * scale.view(shape)
+        bias_gradient, weight_gradient = gradient.sum(ctx.dims), (gradient * normal).sum(ctx.dims)
+        sums = torch.stack([bias_gradient, weight_gradient])
+        dist.all_reduce(sums)
+        of_all, of_normal = (sums / ctx.elements).view(2, *shape)
+        x_gradient = (gradient - of_all - normal * of_normal) * (scale * weight).view(shape)
+        return x_gradient.to(x.dtype), weight_gradient, bias_gradient, None, None
+
+
+def synchronise(module: nn.Module, ranks: Ranks) -> None:
+    """Make every batch norm in the module take its mean and variance from all ranks' rows while it trains.
+
+    Parameters, buffers and their names stay. Gradients are exact where the ranks' are averaged (`declip.ranks`).
+    """
+    for part in module.modules():
+        if isinstance(part, BatchNorm):
+            # On the instance: the class, with what else it does (timm's fuse an activation), stays as it is.
+            part.forward = functools.partial(_forward, part, ranks)  # type: ignore[method-assign]
+
+
+def _forward(norm: Any, ranks: Ranks, x: Tensor) -> Tensor:
+    if not norm.training:
+        return type(norm).forward(norm, x)  # type: ignore[no-any-return]
+    y, mean, var = _Normalise.apply(x, norm.weight, norm.bias, norm.eps, ranks.count)
+    elements = ranks.count * x.numel() / x.shape[1]
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * elements / (elements - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+    for after in ("drop", "act"):  # of timm's BatchNormAct2d
+        y = getattr(norm, after)(y) if hasattr(norm, after) else y
+    return y  # type: ignore[no-any-return]

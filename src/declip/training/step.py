@@ -1,0 +1,70 @@
+"""From a batch to the loss: towers in the precision asked for, terms in float32."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from declip.data.batch import Batch
+from declip.errors import InputError, first_line
+from declip.model.dual_encoder import Features
+from declip.objectives.objective import Objective
+from declip.ranks import Ranks
+
+
+class Step(nn.Module):
+    """Towers and terms as one module, so that DistributedDataParallel sees all parameters at once.
+
+    model: a DualEncoder, or a compiled one
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, precision: str, ranks: Ranks) -> None:
+        super().__init__()
+        self.model, self.objective, self.precision, self.ranks = model, objective, precision, ranks
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total and each term: this rank's, whose mean over the ranks is that of the global batch."""
+        with autocast(batch.images.device, self.precision):
+            features: Features = self.model(batch)
+        loss, terms = self.objective(replace(features, ranks=self.ranks), batch)
+        return loss, terms
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a recipe names; `auto` takes CUDA, then Apple's MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"engine.device = {name!r} cannot be used: {first_line(error)}.") from None
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """bfloat16 autocast where it is asked for, or with `auto` where the device computes in it natively."""
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_bfloat16(device)
+        precision = "bfloat16" if native else "float32"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"))
+        if device.type == "cpu" and precision == "bfloat16":
+            # PyTorch's flash attention for CPUs takes two to five times longer than plain products in bfloat16.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+@functools.cache
+def _cpu_computes_bfloat16(device: torch.device) -> bool:
+    # Without these instructions bfloat16 is emulated, about twenty times slower than float32.
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not cpuinfo.is_file():
+        return False
+    return bool({"amx_bf16", "avx512_bf16"} & set(cpuinfo.read_text().split()))

@@ -1,0 +1,200 @@
+"""What several processes do in the tests of distributed training: each function runs as one rank."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from conftest import TERMS, TINY
+from torch import nn
+
+from declip.data.decoded import open_images
+from declip.data.loader import BatchMaker
+from declip.data.sources import open_sources
+from declip.errors import InputError, RankLost
+from declip.model.dual_encoder import DualEncoder
+from declip.objectives.objective import build_objective
+from declip.ranks import Ranks
+from declip.recipe import Recipe, load_recipe
+from declip.training import loop
+from declip.training.batch_norm import synchronise
+from declip.training.distributed import _compare_recipes, agree, draw_apart, joined_ranks, one_voice, share_gradients
+from declip.training.step import Step
+
+BATCHES = (0, 1, 5)  # the last of another epoch, when the queue holds the same pairs
+RESNET = ["model.image.layers=[1,1,1,1]", "model.image.width=8", "model.image.image_size=32"]
+SIMCLR = ["terms.simclr.width=32", "terms.simclr.dim=16"]
+TOP_3 = ["terms.token_wise.dim=8", "terms.token_wise.top_k=3"]
+# By name: the recipe of conftest, what is changed in it.
+METHODS = {
+    "clip": ("clip", ["model.logit_scale_cap=10"]),
+    "clip, equal captions": ("clip", ["terms.contrastive.equal_captions=positives", "data.text.pool=first"]),
+    "clip, a ResNet": ("clip", RESNET),
+    "declip": ("declip", ["terms.contrastive.multi_view=0.5"]),
+    "declip, reference": (
+        "declip",
+        [
+            *("terms.nearest_neighbour.exclude_own=false", "terms.nearest_neighbour.random_start=true", *SIMCLR),
+            *('terms.nearest_neighbour.enqueue=["masked","augmented"]', "terms.masked_language.vocabulary=used"),
+        ],
+    ),
+    "slip": ("clip", [*SIMCLR, "data.strong_images.flip=0.5"]),
+    "filip": ("clip", ["terms.contrastive=none", "terms.token_wise.dim=8"]),
+    "filip, top 3": ("clip", [*TOP_3, "terms.token_wise.images=2"]),
+    "defilip": ("declip", [*TOP_3, "terms.token_wise.mask_padding=false"]),
+    "siglip": ("clip", ["terms.contrastive=none", "terms.sigmoid.images=2", "model.logit_bias_init=-10"]),
+}
+
+
+def recipe_of(folder: Path, name: str, *overrides: str) -> Recipe:
+    method, changes = METHODS[name]
+    path = folder / f"{method}_{os.getpid()}.toml"
+    path.write_text(f'name = "{method}"\n{TINY}\n{TERMS[method]}\n')
+    return load_recipe(path, [f"data.train={str(folder / 'pairs.parquet')!r}", *changes, *overrides])
+
+
+def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """Losses and gradients on a few batches with the weights of the start, and the buffers after them."""
+    torch.manual_seed(0)
+    model = DualEncoder(recipe)
+    objective = build_objective(recipe, model, torch.arange(0, 49408, 2).repeat_interleave(2).unique())
+    if ranks.count > 1 and recipe.engine.sync_batch_norm:
+        synchronise(model, ranks)
+        synchronise(objective, ranks)
+    step = share_gradients(Step(model, objective, "float32", ranks), ranks)
+    images = open_images(open_sources(recipe.data.train, recipe.data), 1, 1)
+    towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
+    maker = BatchMaker(images, recipe, *towers, rank=ranks.rank, ranks=ranks.count)
+    named = [(name, p) for part in (model, objective) for name, p in part.named_parameters()]
+    found: dict[str, Any] = {"losses": [], "gradients": []}
+    for number in BATCHES:
+        batch = maker.make(number)
+        draw_apart(ranks, 0, number)
+        loss, terms = step(batch)
+        agreed = agree(ranks, loss, terms, ((ranks.rank, "", ""),), interrupted=False)
+        assert [pair[0] for pair in agreed.broken] == list(range(ranks.count))
+        step.zero_grad()
+        loss.backward()
+        losses = {"loss": agreed.loss, **agreed.terms}
+        found["losses"].append({name: float(value.detach()) for name, value in losses.items()})
+        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in named}
+        found["gradients"].append(gradients)
+    found["buffers"] = {name: t for part in (model, objective) for name, t in part.named_buffers()}
+    return found
+
+
+def as_rank(rank: int, count: int, port: int) -> None:
+    """torchrun's variables, for one meeting of the ranks."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def spawn(function: Any, folder: Path, count: int = 2, meetings: int = 1) -> mp.ProcessContext:
+    """`function(rank, count, folder, ports)` in `count` processes; a port for each meeting."""
+    return mp.start_processes(  # type: ignore[no-any-return]
+        function, (count, folder, free_ports(meetings)), count, join=False, start_method="spawn"
+    )
+
+
+def four_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
+    torch.set_num_threads(1)
+    as_rank(rank, count, ports[0])
+    with joined_ranks(recipe_of(folder, "clip")) as ranks:
+        torch.save(steps_of(recipe_of(folder, "declip"), ranks), folder / f"declip {rank} of {count}.pt")
+
+
+def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
+    """Every method; a whole run; one that Ctrl-C stops; last, as it ends both, one in which rank 1 is killed."""
+    torch.set_num_threads(1)
+    loop.LOG_SECONDS = 0.0
+    as_rank(rank, count, ports[0])
+    with joined_ranks(recipe_of(folder, "clip")) as ranks, one_voice(ranks):
+        for name in METHODS:
+            torch.save(steps_of(recipe_of(folder, name), ranks), folder / f"{name} {rank} of {count}.pt")
+        torch.save(norms(ranks), folder / f"norms {rank}.pt")
+        try:
+            _compare_recipes(recipe_of(folder, "clip", f"seed={rank}"), ranks)
+        except InputError as error:
+            (folder / f"odd {rank}").write_text(str(error))
+
+    as_rank(rank, count, ports[1])
+    with redirect_stderr(io.StringIO()) as said:
+        summary = loop.train(run_recipe(folder), folder / "two")
+    (folder / f"summary {rank}.json").write_text(json.dumps({**summary, "said": said.getvalue()}))
+
+    for name, port, step, number in (("stopped", 2, 3, signal.SIGINT), ("killed", 3, 6, signal.SIGKILL)):
+        as_rank(rank, count, ports[port])
+        try:
+            with signal_at(step, number if rank == 1 else None):
+                loop.train(run_recipe(folder), folder / name, quiet=True)
+        except (KeyboardInterrupt, RankLost) as error:
+            (folder / f"{name} {rank}").write_text(str(error))
+    os._exit(0)  # nothing is tidied up after a lost rank
+
+
+def run_recipe(folder: Path) -> Recipe:
+    # AdamW makes a lot of what is nothing but rounding. Nothing is decoded in advance: a broken pair is met on the way.
+    options = ["optimizer.kind=sgd", "optimizer.lr=0.05", "data.cache_gb=0", "data.broken_limit=0.1"]
+    return recipe_of(folder, "declip", *options)
+
+
+def norms(ranks: Ranks) -> dict[str, Any]:
+    """Batch norms over all ranks' rows, in float64: outputs, gradients, running statistics."""
+    found = {}
+    for shape in ((12, 5), (8, 5, 3, 2)):
+        norm, rows, slopes = made_norm(shape)
+        synchronise(norm, ranks)
+        part = slice(ranks.rank * len(rows) // ranks.count, (ranks.rank + 1) * len(rows) // ranks.count)
+        own = rows[part].clone().requires_grad_()
+        output = norm(own)
+        (output * slopes[part]).sum().backward()
+        weights = {name: ranks.sum(p.grad) for name, p in norm.named_parameters() if p.grad is not None}
+        found[shape] = (output.detach(), own.grad, weights, dict(norm.named_buffers()), norm.eval()(rows).detach())
+    return found
+
+
+def made_norm(shape: tuple[int, ...]) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = 1000 + torch.randn(shape, generator=generator, dtype=torch.float64)  # a mean that costs digits
+    slopes = torch.randn(shape, generator=generator, dtype=torch.float64)
+    norm = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1]).double()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2, generator=generator)
+    return norm, rows, slopes
+
+
+@contextlib.contextmanager
+def signal_at(step: int, number: int | None) -> Iterator[None]:
+    """Send this process a signal in the middle of a step."""
+    forward, left = DualEncoder.forward, iter(range(1, 1000))
+
+    def signalling(self: DualEncoder, batch: Any) -> Any:
+        if next(left) == step and number is not None:
+            os.kill(os.getpid(), number)
+        return forward(self, batch)
+
+    DualEncoder.forward = signalling  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        DualEncoder.forward = forward  # type: ignore[method-assign]

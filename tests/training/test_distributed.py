@@ -1,0 +1,287 @@
+"""Several real processes compute what one does: losses, gradients, runs; and whatever goes wrong is said once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TERMS, TINY, pair, write_pairs
+from rank_checks import METHODS, four_ranks, made_norm, recipe_of, run_recipe, spawn, steps_of, two_ranks
+from safetensors.torch import load_file
+
+from declip.errors import InputError
+from declip.ranks import ALONE
+from declip.recipe import Recipe
+from declip.training import distributed, launch, loop
+from declip.training.distributed import joined_ranks, local_device
+from declip.training.logging import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pairs, one of them broken, and what two ranks made of them; they are started once for all tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    rows = [pair(number) for number in range(40)]
+    rows[7]["image"] = b"no image"
+    write_pairs(folder / "pairs.parquet", rows)
+    context = spawn(two_ranks, folder, 2, meetings=4)
+    for process in context.processes:
+        process.join(120)
+    codes = [process.exitcode for process in context.processes]
+    if codes != [0, -signal.SIGKILL]:  # as it should be: rank 1 is killed at the end
+        context.join()
+    return folder
+
+
+def assert_as_one(folder: Path, name: str, count: int) -> None:
+    """Losses and gradients to 1e-5, on every rank."""
+    one = steps_of(recipe_of(folder, name), ALONE)
+    for rank in range(count):
+        found = torch.load(folder / f"{name} {rank} of {count}.pt")
+        assert found["losses"] == [pytest.approx(losses, rel=1e-5, abs=1e-5) for losses in one["losses"]]
+        for gradients, expected in zip(found["gradients"], one["gradients"], strict=True):
+            given = {name for name, gradient in expected.items() if gradient is not None}
+            assert {name for name, gradient in gradients.items() if gradient is not None} == given
+            whole = torch.cat([expected[name].flatten() for name in given]).norm()
+            off = {name: (gradients[name] - expected[name]).norm() for name in given}
+            assert torch.stack(list(off.values())).norm() <= 1e-5 * whole
+            for parameter, difference in off.items():  # of small ones too, beyond the rounding of what is added up
+                assert difference <= 1e-4 * expected[parameter].norm() + 3e-6 * whole, (
+                    f"{parameter}: {difference / whole:.1e}"
+                )
+        for buffer, tensor in one["buffers"].items():
+            torch.testing.assert_close(found["buffers"][buffer], tensor, rtol=1e-5, atol=1e-5, msg=buffer)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_ranks_compute_what_one_process_does(folder: Path, name: str) -> None:
+    assert_as_one(folder, name, 2)
+
+
+def test_four_ranks_compute_what_one_process_does(folder: Path) -> None:
+    spawn(four_ranks, folder, 4).join()
+    assert_as_one(folder, "declip", 4)
+
+
+def test_batch_norm_over_all_ranks(folder: Path) -> None:
+    parts = [torch.load(folder / f"norms {rank}.pt") for rank in range(2)]
+    for shape in parts[0]:
+        norm, rows, slopes = made_norm(shape)
+        rows.requires_grad_()
+        output = norm(rows)
+        (output * slopes).sum().backward()
+        outputs, gradients, weights, buffers, judged = zip(*(part[shape] for part in parts), strict=True)
+        torch.testing.assert_close(torch.cat(outputs), output.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(torch.cat(gradients), rows.grad, rtol=1e-7, atol=1e-9)
+        for rank in range(2):
+            for name, parameter in norm.named_parameters():
+                torch.testing.assert_close(weights[rank][name], parameter.grad, rtol=1e-7, atol=1e-9)
+            assert buffers[rank] == {name: pytest.approx(t) for name, t in norm.named_buffers()}
+            torch.testing.assert_close(judged[rank], norm.eval()(rows).detach())
+            norm.train()
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> Path:
+    """The same run in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_SECONDS", 0.0)
+        loop.train(run_recipe(folder), folder / "one", quiet=True)
+    return folder / "one"
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    states = [torch.load(run / "checkpoints" / "last.pt", weights_only=True) for run in (one, other)]
+    for part in ("model", "objective"):
+        assert states[0][part].keys() == states[1][part].keys()
+        for name, tensor in states[0][part].items():
+            torch.testing.assert_close(states[1][part][name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+    finished = [load_file(run / "open_clip_model.safetensors") for run in (one, other)]
+    assert finished[0].keys() == finished[1].keys()
+    rows = [read_metrics(run) for run in (one, other)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for row, same in zip(*rows, strict=True):
+        assert row.keys() == same.keys()
+        assert row.get("terms", {}) == pytest.approx(same.get("terms", {}), rel=1e-4, abs=1e-4)
+
+
+def test_a_run_of_two_ranks_is_the_run_of_one(folder: Path, one_process: Path) -> None:
+    assert_same_end(one_process, folder / "two")
+    summaries = [json.loads((folder / f"summary {rank}.json").read_text()) for rank in range(2)]
+    assert [summary["broken"] for summary in summaries] == [1, 1]  # one rank met it, all know
+    said = [summary.pop("said") for summary in summaries]
+    assert said[1] == ""
+    assert said[0].count("skipped: ") == 1
+    assert summaries[0]["held_out_score"] > 0
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_what_two_ranks_began_one_process_ends(folder: Path, one_process: Path, end: str) -> None:
+    """`stopped`: Ctrl-C reached one rank in step 3, and both stopped after it. `killed`: rank 1 in step 6."""
+    assert not (folder / end / "open_clip_model.safetensors").exists()
+    said = [folder / f"{end} {rank}" for rank in range(2)]
+    if end == "killed":
+        assert "Another rank has ended. To go on from the last checkpoint" in said[0].read_text()
+    assert said[1].exists() == (end == "stopped")
+    step = torch.load(folder / end / "checkpoints" / "last.pt", weights_only=True)["progress"]["step"]
+    assert step == {"stopped": 3, "killed": 4}[end]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_SECONDS", 0.0)
+        loop.train(run_recipe(folder), folder / end, resume=True, quiet=True)
+    assert_same_end(one_process, folder / end)
+
+
+# `--gpus N`, and what can go wrong
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    recipe = folder / "long.toml"
+    recipe.write_text(f'name = "clip"\n{TINY}\n{TERMS["clip"]}\n'.replace("pairs_seen = 64", "pairs_seen = 800000"))
+    command = [sys.executable, "-m", "declip", "train", str(recipe), f"data.train={str(folder / 'pairs.parquet')!r}"]
+    command += ["data.broken_limit=0.1", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rank_of(process: int) -> str | None:
+    found = re.search(rb"\0RANK=(\d+)", Path(f"/proc/{process}/environ").read_bytes())
+    return found[1].decode() if found else None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the rank in /proc")
+def test_a_killed_rank_ends_all_and_is_named_once(folder: Path) -> None:
+    launcher = start(folder, "--out", str(folder / "long"), "--gpus", "2", "--json")
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    metrics = folder / "long" / "metrics.jsonl"
+    until = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.1)
+    ranks = [int(process) for process in children.read_text().split()]
+    os.kill(next(process for process in ranks if rank_of(process) == "1"), signal.SIGKILL)
+    out, err = launcher.communicate(timeout=60)
+    assert (launcher.returncode, out) == (1, "")
+    sentences = [line for line in err.splitlines() if not line.startswith("skipped: ")]
+    assert len(sentences) == 1, err
+    assert sentences[0].startswith("declip: Rank 1 was ended by SIGKILL, mostly because memory ran out")
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks)
+
+
+@pytest.mark.parametrize(
+    ("codes", "killed", "answer"),
+    [
+        ([0, 0], set(), 0),
+        ([2, 3], set(), 2),
+        ([3, 2], set(), 2),
+        ([130, 130], set(), 130),
+        ([-9, 2], {0}, 2),
+        ([3, 3], set(), 1),
+        ([1, -6], set(), 1),
+    ],
+)
+def test_one_exit_code_answers_for_all(codes: list[int], killed: set[int], answer: int) -> None:
+    assert launch._answer(codes, killed) == answer
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def become(rank: int = 0, count: int = 2, port: int = 1) -> None:
+        values = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    return become
+
+
+def refused(recipe: Recipe) -> str:
+    with pytest.raises(InputError) as error, joined_ranks(recipe):
+        pass
+    return str(error.value)
+
+
+def test_a_batch_that_cannot_be_split(tiny: Callable[..., Recipe], as_rank: Callable[..., None]) -> None:
+    as_rank(count=3)
+    assert refused(tiny()) == (
+        "schedule.batch_size = 8 cannot be split into 3 equal parts, one for each rank: set it to a multiple of 3."
+    )
+    as_rank(count=16)
+    assert "into 16 equal parts" in refused(tiny())
+
+
+def test_a_port_in_use(tiny: Callable[..., Recipe], as_rank: Callable[..., None]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        as_rank(port=port)
+        says = f"The ranks cannot meet at 127.0.0.1:{port}, the port is in use: give another (MASTER_PORT)."
+        assert refused(tiny()) == says
+
+
+def test_variables_that_are_missing(
+    tiny: Callable[..., Recipe], as_rank: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank()
+    monkeypatch.delenv("MASTER_ADDR")
+    assert "The ranks cannot meet: " in refused(tiny())
+    assert "Start them with torchrun or --gpus." in refused(tiny())
+
+
+def test_another_recipe(folder: Path) -> None:
+    assert not (folder / "odd 0").exists()
+    says = "Rank 1 has another recipe than rank 0 (seed = 0 there, 1 now): start all with the same one."
+    assert (folder / "odd 1").read_text() == says
+
+
+def test_the_device_of_a_rank(as_rank: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_device("cuda:1") == "cuda:1"
+    as_rank(rank=1)
+    for gpus, name, device in ((0, "auto", "cpu"), (2, "auto", "cuda:1"), (2, "cuda", "cuda:1"), (2, "cpu", "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert local_device(name) == device
+    with pytest.raises(InputError, match="'cuda:0' is one device, for one rank"):
+        local_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="This machine has 1 GPUs, and more ranks were started on it: start 1, or"):
+        local_device("auto")
+
+
+def test_the_first_rank_that_fails_speaks(as_rank: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        count = 0
+
+        def add(self, key: str, by: int) -> int:
+            self.count += by
+            return self.count
+
+    class Gone:
+        def add(self, *_: Any) -> int:
+            raise RuntimeError
+
+    assert distributed.speaks()
+    as_rank(rank=1)
+    assert not distributed.speaks()  # before the ranks have met
+    monkeypatch.setattr(distributed, "_store", Store())
+    assert [distributed.speaks(), distributed.speaks()] == [True, False]
+    monkeypatch.setattr(distributed, "_store", Gone())
+    assert distributed.speaks()  # rank 0, which counts, is gone
+    as_rank(rank=2)
+    assert not distributed.speaks()
