@@ -15,3 +15,11 @@ def first_line(error: BaseException) -> str:
 
 class RunStopped(Exception):
     """A run that something outside of it has stopped, after its state was saved: one sentence, exit code 1."""
+
+
+class Preempted(Exception):
+    """A run that SIGTERM has stopped, as a cluster does that needs the computer: one sentence, exit code 0."""
+
+
+class Diverged(Exception):
+    """A run whose weights or losses are spoilt; says how that shows, as the beginning of a sentence."""

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import declip
 from declip.cli.data import add_data
 from declip.cli.terminal import command, console, positive, progress_bar
-from declip.errors import InputError, RunStopped
+from declip.errors import InputError, Preempted, RunStopped
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
 DONE, STOPPED, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             # Whatever a library prints goes to stderr, so that stdout holds one JSON object and nothing else.
             with contextlib.redirect_stdout(sys.stderr):
-                result = args.run(args)
+                result = _run(args)
             print(json.dumps(_plain(result), allow_nan=False))
         else:
-            args.run(args)
+            _run(args)
         sys.stdout.flush()
     except InputError as error:
         return _fail(str(error))
@@ -56,6 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" while writing {error.filename}" if error.filename else ""
         return _fail(f"the disk is full{where}: make room and run the command again.")
     return int(args.code)
+
+
+def _run(args: argparse.Namespace) -> Any:
+    """The command's result; for a run that SIGTERM has stopped, that it was."""
+    try:
+        return args.run(args)
+    except Preempted as error:
+        print(f"declip: {error}", file=sys.stderr)
+        return {"preempted": True}
 
 
 def _fail(sentence: str, code: int = WRONG_INPUT) -> int:

@@ -6,10 +6,8 @@ import contextlib
 import functools
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from declip.data.device_views import finish_views
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import BrokenPair
-from declip.errors import InputError, RunStopped, first_line
+from declip.errors import Diverged, InputError, Preempted, RunStopped, first_line
 from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise
@@ -30,29 +28,33 @@ from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
 from declip.objectives.objective import Objective, build_objective
 from declip.recipe import Recipe
 from declip.training.checkpoint import (
+    FORMAT,
     HEADS_BEST,
     WEIGHTS_BEST,
     check_run,
+    checkpoints,
     make_run,
-    read_checkpoint,
-    save_checkpoint,
+    read_newest,
+    step_of,
 )
+from declip.training.guard import Guard
 from declip.training.heads import heads_of, start_from
 from declip.training.held_out import HeldOut
+from declip.training.interrupts import Interrupts, interrupts_between_steps
 from declip.training.logging import RunLog, cut_metrics, resident_bytes
 from declip.training.optimizer import build_optimizer, learning_rate
 from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tokens
+from declip.training.saving import Saver
 
 LOG_SECONDS = 0.5
-SAVE_SECONDS = 60.0
 MEMORY_SECONDS = 5.0
 
 
 def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train a recipe into the run folder `out` and return a summary of the run.
 
-    Raises InputError for bad input and for a loss that is no longer a number, and KeyboardInterrupt on Ctrl-C, after
-    the state is saved.
+    Raises InputError for bad input and for a run that has diverged; KeyboardInterrupt on Ctrl-C and Preempted on
+    SIGTERM, after the state is saved.
     """
     out = Path(out)
     going_on = check_run(out, recipe, resume)
@@ -76,47 +78,38 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     if held_images:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
     make_run(out, recipe)
-    run = Run(recipe, out, device, model, objective, images, held_out, steps)
-    if going_on:
-        run.restore(read_checkpoint(out))
-    with RunLog(out, recipe.name, steps, run.step, quiet) as log, interrupts_between_steps() as interrupted:
-        try:
-            run.go(log, interrupted)
-        except KeyboardInterrupt:
-            run.save()
-            log.say(f"\nStopped at step {run.step} of {steps}; saved. To go on: the same command with --resume.")
-            raise
-        except RunStopped as error:
-            run.save()
-            raise RunStopped(
-                f"{error} The run is saved at step {run.step} of {steps}; to go on: the same command with --resume."
-            ) from None
+    with Saver(out, recipe.engine.keep) as saver:
+        run = Run(recipe, out, device, model, objective, images, held_out, steps, saver)
+        if going_on:
+            run.restore(read_newest(out, recipe))
+            cut_metrics(out, run.step)
+        with RunLog(out, recipe.name, steps, run.step, quiet) as log, interrupts_between_steps() as interrupts:
+            _go_to_the_end(run, log, interrupts)
     return run.finish()
 
 
-@contextlib.contextmanager
-def interrupts_between_steps() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of the step, so that what is saved resumes exactly; a second one does not wait.
-
-    Gives a function that says whether Ctrl-C was pressed. Where Python allows no handlers, outside the main thread,
-    nothing changes.
-    """
-    pressed = False
-
-    def press(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _go_to_the_end(run: Run, log: RunLog, interrupts: Interrupts) -> None:
+    """Train; save where something outside stops the run; go back where it diverges, as the recipe says."""
+    going_on = "To go on: the same command with --resume."
+    while True:
+        try:
+            run.go(log, interrupts)
+            return
+        except Diverged as divergence:
+            interrupts.settle()
+            run.roll_back(str(divergence), log)
+        except (KeyboardInterrupt, Preempted, RunStopped) as error:
+            interrupts.settle()
+            # The state in the middle of a step could not be resumed exactly.
+            saved = "the last checkpoint is kept" if interrupts.late else run.save_at_once()
+            where = f"step {run.step} of {run.steps}"
+            if isinstance(error, KeyboardInterrupt):
+                log.say(f"\nStopped at {where}; {saved}. {going_on}")
+                raise
+            # A loader process that SIGTERM reached too has not died of anything else.
+            if isinstance(error, Preempted) or interrupts.preempted:
+                raise Preempted(f"Stopped by SIGTERM at {where}; {saved}. {going_on}") from None
+            raise RunStopped(f"{error} The run is {saved} at {where}. {going_on}") from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -165,9 +158,10 @@ class Run:
         images: Images,
         held_out: HeldOut | None,
         steps: int,
+        saver: Saver,
     ) -> None:
         self.recipe, self.out, self.device, self.held_out, self.steps = recipe, out, device, held_out, steps
-        self.images = images
+        self.images, self.saver = images, saver
         self.model, self.objective = model.to(device), objective.to(device)
         if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
             self.model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
@@ -178,14 +172,17 @@ class Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
         self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
-        self.loss_at_best, self.sound = math.inf, True
+        self.loss_at_best = math.inf
+        self.roll_backs, self.rate_factor, self.rolled_to = 0, 1.0, -1
+        self.guard = Guard([model, objective], self.optimizer, recipe.engine)
         kept = images.kept or []
         self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
 
-    def go(self, log: RunLog, interrupted: Callable[[], bool]) -> None:
-        """Train from the step reached to the end; raises KeyboardInterrupt between two steps."""
+    def go(self, log: RunLog, interrupts: Interrupts) -> None:
+        """Train from the step reached to the end; raises KeyboardInterrupt and Preempted between two steps."""
         if self.step == 0:
-            self.save()  # a disk that is full is found out now, and there is always a checkpoint to go back to
+            self.save()
+            self.saver.wait()  # a disk that is full is found out now, and there is always a checkpoint to go back to
         if self._has_stopped_rising():
             return
         towers = self.model.image_size, self.model.context_length, self.model.tokenizer, self.model.full_captions
@@ -197,20 +194,19 @@ class Run:
         logged_step = self.step
         for batch in make_loader(maker, self.step, self.steps, self.recipe.data.workers):
             self._note_broken(batch.broken, log)
-            rate = learning_rate(self.step, self.steps, self.recipe)
+            rate = self.rate_factor * learning_rate(self.step, self.steps, self.recipe)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * (group["peak"] / self.recipe.optimizer.lr)
             batch = finish_views(batch.to(self.device))
+            self.guard.before_forward()
             with autocast(self.device, self.recipe.engine.precision):
                 features = model(batch)
             loss, terms = self.objective(features, batch)
-            self._stop_if_not_finite(loss, terms)
             self.optimizer.zero_grad()
             loss.backward()
-            if self.recipe.optimizer.clip_norm:
-                norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_norm)
-                self._stop_if_not_finite(norm, terms)
-            self.optimizer.step()
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.optimizer.clip_norm or math.inf)
+            if skipped := self.guard.step(self.step + 1, loss, norm, terms):
+                log.say(f"skipped: {skipped}", style="yellow")
             self.model.clamp_logit_scale()
             self.objective.clamp_logit_scale()
             self.step += 1
@@ -222,9 +218,10 @@ class Run:
                 speed = (self.step - logged_step) * self.recipe.schedule.batch_size / max(now - logged, 1e-9)
                 log.train(self._row(loss, terms, rate, speed))
             if judged:
-                self._judge(log, float(loss.detach()))
-            if judged or now - saved >= SAVE_SECONDS:
-                self.save()
+                best = self._judge(log, float(loss.detach()))
+            # A checkpoint that falls due while another is being written waits for it in the background.
+            if judged or (now - saved >= self.recipe.engine.save_seconds and not self.saver.busy):
+                self.save(best=judged and best)
                 saved = time.perf_counter()
             if judged or now - logged >= LOG_SECONDS:
                 # Judging and saving are not training: they count neither as time nor in the speed.
@@ -233,8 +230,8 @@ class Run:
             if self._has_stopped_rising():
                 log.say(f"Stopped at step {self.step}: no better held-out score since step {self.best_step}.")
                 break
-            if interrupted():
-                raise KeyboardInterrupt
+            interrupts.check()
+        self.saver.wait()
 
     def _row(self, loss: Tensor, terms: dict[str, Tensor], rate: float, speed: float) -> dict[str, Any]:
         if self.device.type == "cuda":
@@ -250,26 +247,23 @@ class Run:
             "logit_scale": float(self.model.clip.logit_scale.detach().exp()),
             "lr": rate,
             "samples_per_second": round(speed, 1),
+            "skipped": self.guard.skipped,
         }
 
-    def _judge(self, log: RunLog, loss: float) -> None:
-        """Score the held-out pairs, keep the best weights, and warn where the run has begun to overfit."""
+    def _judge(self, log: RunLog, loss: float) -> bool:
+        """Score the held-out pairs, whether they are the best so far, and warn where the run has begun to overfit."""
         if self.held_out is None:
-            return
+            return False
         metrics = self.held_out.score(self.model, self.device, self.token_wise)
-        self.sound = math.isfinite(metrics["score"])
-        if not self.sound:
-            return
+        if not math.isfinite(metrics["score"]):
+            raise self._no_number()
         pairs, seconds = self.step * self.recipe.schedule.batch_size, round(self.seconds, 2)
         rounded = {name: round(value, 3) for name, value in metrics.items()}
         log.held_out({"step": self.step, "pairs": pairs, "seconds": seconds, "held_out": rounded})
         if metrics["score"] > self.best_score:
             self.best_score, self.best_step = metrics["score"], self.step
             self.worse_in_a_row, self.loss_at_best = 0, loss
-            save_weights(self.out / WEIGHTS_BEST, self.model.clip.state_dict())
-            if heads := heads_of(self.model, self.objective):
-                save_weights(self.out / HEADS_BEST, heads)
-            return
+            return True
         self.worse_in_a_row += 1
         if self.worse_in_a_row >= 3 and loss < self.loss_at_best and not self.warned:
             self.warned = True
@@ -279,24 +273,14 @@ class Run:
                 "weights are kept; train for fewer epochs, or add pairs or supervision.",
                 style="yellow",
             )
+        return False
 
     def _has_stopped_rising(self) -> bool:
         patience = self.recipe.evaluation.patience
         return bool(patience) and self.worse_in_a_row >= patience
 
-    def _stop_if_not_finite(self, loss_or_norm: Tensor, terms: dict[str, Tensor]) -> None:
-        """Stop before a step that would spoil the weights. The last checkpoint stays: these may be spoilt already."""
-        if math.isfinite(float(loss_or_norm.detach())):
-            return
-        bad = [name for name, value in terms.items() if not math.isfinite(float(value.detach()))]
-        what = "loss" if bad else "gradient of the loss"
-        raise self._not_a_number(f"{what} is not a number at step {self.step + 1} (term {', '.join(bad or terms)})")
-
-    def _not_a_number(self, what: str) -> InputError:
-        return InputError(
-            f"The {what}: the last good weights are kept in {self.out / 'checkpoints'}; lower optimizer.lr "
-            f"(now {self.recipe.optimizer.lr:g}) or look at the pairs."
-        )
+    def _no_number(self) -> Diverged:
+        return Diverged(f"The model's output is not a number after step {self.step}")
 
     def _note_broken(self, broken: tuple[tuple[int, str, str], ...], log: RunLog) -> None:
         for index, where, reason in broken:
@@ -306,47 +290,84 @@ class Run:
                 log.say(f"skipped: {pair}", style="yellow")
                 check_broken(len(self.broken), pair, len(self.images.source), self.recipe.data.broken_limit)
 
-    def save(self) -> None:
-        """Write checkpoints/last.pt, unless the weights are no longer numbers: then the earlier one stays."""
-        self.sound = self.sound and all(bool(parameter.isfinite().all()) for parameter in self.parameters)
-        if not self.sound:
-            return
-        save_checkpoint(
-            self.out,
-            {
-                "model": self.model.state_dict(),
-                "objective": self.objective.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-                "progress": {name: getattr(self, name) for name in self._PROGRESS},
-            },
-        )
+    def save(self, best: bool = False) -> None:
+        """Have a checkpoint written, and the best weights; raises Diverged where the weights are no numbers."""
+        self.guard.read(self.step)
+        if not all(bool(parameter.isfinite().all()) for parameter in self.parameters):
+            raise self._no_number()
+        weights = {}
+        if best:
+            weights[WEIGHTS_BEST] = self.model.clip.state_dict()
+            if heads := heads_of(self.model, self.objective):
+                weights[HEADS_BEST] = heads
+        self.saver.save(self.step, self.state(), weights)
+
+    def save_at_once(self) -> str:
+        """Save and wait for it; whether it is saved, in words."""
+        try:
+            self.save()
+        except Diverged as divergence:
+            return f"not saved, for {str(divergence)[0].lower()}{str(divergence)[1:]}; the last good checkpoint is kept"
+        self.saver.wait()
+        return "saved"
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs. The weights' moving average and the gradient scaler belong here too."""
+        return {
+            "format": FORMAT,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "model": self.model.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "progress": {name: getattr(self, name) for name in self._PROGRESS},
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up what `save` wrote."""
+        """Take up what `state` gave."""
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
         peaks = [group["peak"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["peak"] = peak
+        self.guard.restore(state["guard"])
         torch.set_rng_state(state["rng"])
-        if state.get("cuda_rng") is not None:
+        if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         for name, value in state["progress"].items():
             setattr(self, name, value)
-        cut_metrics(self.out, self.step)
 
     _PROGRESS = (
-        *("step", "seconds", "peak_memory"),
+        *("step", "seconds", "peak_memory", "roll_backs", "rate_factor", "rolled_to"),
         *("best_score", "best_step", "worse_in_a_row", "loss_at_best", "warned"),
     )
 
+    def roll_back(self, divergence: str, log: RunLog) -> None:
+        """Go back to the last good checkpoint with a lower learning rate; raises InputError where the run shall stop.
+
+        Where it diverges again from the checkpoint that it went back to, that was not good: the one before is taken.
+        """
+        engine, tried = self.recipe.engine, self.roll_backs
+        if engine.on_divergence == "stop" or tried == engine.roll_backs:
+            again = f" after {tried} goings back" if tried else ""
+            raise InputError(
+                f"{divergence}{again}: the last good weights are kept in {self.out / 'checkpoints'}; lower "
+                f"optimizer.lr (now {self.recipe.optimizer.lr:g}) or look at the pairs."
+            )
+        self.saver.wait()
+        factor, rolled_to = self.rate_factor * engine.roll_back_lr, self.rolled_to
+        newest = step_of(checkpoints(self.out)[0])
+        self.restore(read_newest(self.out, self.recipe, before=newest if newest == rolled_to else None))
+        self.roll_backs, self.rate_factor, self.rolled_to = tried + 1, factor, self.step
+        log.cut(self.step)
+        log.say(f"{divergence}: back to step {self.step} with {factor:g} of the learning rate.", style="yellow")
+        self.save()  # a run that is killed now goes on from here too
+
     def finish(self) -> dict[str, Any]:
         """Turn the run folder into an open_clip model (the best weights) and sum the run up."""
-        if not self.sound:
-            raise self._not_a_number(f"model's output is not a number after step {self.step}")
         last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
         for name, best in ((WEIGHTS, self.out / WEIGHTS_BEST), (HEADS, self.out / HEADS_BEST)):
             if best.is_file():
@@ -369,4 +390,6 @@ class Run:
             "held_out_score": None if self.held_out is None else round(self.best_score, 2),
             "best_step": self.best_step,
             "broken": len(self.broken),
+            "skipped": self.guard.skipped,
+            "roll_backs": self.roll_backs,
         }
