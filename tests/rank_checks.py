@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -21,14 +22,22 @@ from torch import nn
 from declip.data.decoded import open_images
 from declip.data.loader import BatchMaker
 from declip.data.sources import open_sources
-from declip.errors import InputError, RankLost
+from declip.errors import InputError, Preempted, RankLost
 from declip.model.dual_encoder import DualEncoder
 from declip.objectives.objective import build_objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe, load_recipe
 from declip.training import loop
 from declip.training.batch_norm import synchronise
-from declip.training.distributed import _compare_recipes, agree, draw_apart, joined_ranks, one_voice, share_gradients
+from declip.training.distributed import (
+    News,
+    _compare_recipes,
+    agree,
+    draw_apart,
+    joined_ranks,
+    one_voice,
+    share_gradients,
+)
 from declip.training.step import Step
 
 BATCHES = (0, 1, 5)  # the last of another epoch, when the queue holds the same pairs
@@ -81,8 +90,8 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
         batch = maker.make(number)
         draw_apart(ranks, 0, number)
         loss, terms = step(batch)
-        agreed = agree(ranks, loss, terms, ((ranks.rank, "", ""),), interrupted=False)
-        assert [pair[0] for pair in agreed.broken] == list(range(ranks.count))
+        agreed = agree(ranks, loss, terms, News(((ranks.rank, "", ""),)))
+        assert [pair[0] for pair in agreed.news.broken] == list(range(ranks.count))
         step.zero_grad()
         loss.backward()
         losses = {"loss": agreed.loss, **agreed.terms}
@@ -124,7 +133,7 @@ def four_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
 
 
 def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
-    """Every method; a whole run; one that Ctrl-C stops; last, as it ends both, one in which rank 1 is killed."""
+    """Every method; a whole run; one that goes back; ones that are stopped; last one in which rank 1 is killed."""
     torch.set_num_threads(1)
     loop.LOG_SECONDS = 0.0
     as_rank(rank, count, ports[0])
@@ -142,20 +151,27 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
         summary = loop.train(run_recipe(folder), folder / "two")
     (folder / f"summary {rank}.json").write_text(json.dumps({**summary, "said": said.getvalue()}))
 
-    for name, port, step, number in (("stopped", 2, 3, signal.SIGINT), ("killed", 3, 6, signal.SIGKILL)):
+    as_rank(rank, count, ports[2])
+    with spoilt_at(5 if rank == 1 else None):
+        rolled_back = ("engine.on_divergence=roll_back", "engine.skip_limit=0")
+        summary = loop.train(run_recipe(folder, *rolled_back), folder / "rolled back", quiet=True)
+    (folder / f"rolled back {rank}.json").write_text(json.dumps(summary))
+
+    ends = (("stopped", 3, signal.SIGINT), ("preempted", 3, signal.SIGTERM), ("killed", 6, signal.SIGKILL))
+    for port, (name, step, number) in enumerate(ends, 3):
         as_rank(rank, count, ports[port])
         try:
             with signal_at(step, number if rank == 1 else None):
                 loop.train(run_recipe(folder), folder / name, quiet=True)
-        except (KeyboardInterrupt, RankLost) as error:
+        except (KeyboardInterrupt, Preempted, RankLost) as error:
             (folder / f"{name} {rank}").write_text(str(error))
     os._exit(0)  # nothing is tidied up after a lost rank
 
 
-def run_recipe(folder: Path) -> Recipe:
+def run_recipe(folder: Path, *more: str) -> Recipe:
     # AdamW makes a lot of what is nothing but rounding. Nothing is decoded in advance: a broken pair is met on the way.
     options = ["optimizer.kind=sgd", "optimizer.lr=0.05", "data.cache_gb=0", "data.broken_limit=0.1"]
-    return recipe_of(folder, "declip", *options)
+    return recipe_of(folder, "declip", *options, *more)
 
 
 def norms(ranks: Ranks) -> dict[str, Any]:
@@ -181,6 +197,22 @@ def made_norm(shape: tuple[int, ...]) -> tuple[nn.Module, torch.Tensor, torch.Te
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2, generator=generator)
     return norm, rows, slopes
+
+
+@contextlib.contextmanager
+def spoilt_at(step: int | None) -> Iterator[None]:
+    """Let the loss of one step be no number."""
+    forward, left = Step.forward, iter(range(1, 1000))
+
+    def spoiling(self: Step, batch: Any) -> Any:
+        loss, terms = forward(self, batch)
+        return loss * (math.nan if next(left) == step else 1), terms
+
+    Step.forward = spoiling  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Step.forward = forward  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

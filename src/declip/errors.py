@@ -22,3 +22,11 @@ RANK_LOST = 3  # exit code of a rank under `--gpus` that ended because another h
 
 class RankLost(RunStopped):
     """Another process of the run has ended; what made it end is said there."""
+
+
+class Preempted(Exception):
+    """A run that SIGTERM has stopped, as a cluster does that needs the computer: one sentence, exit code 0."""
+
+
+class Diverged(Exception):
+    """A run whose weights or losses are spoilt; says how that shows, as the beginning of a sentence."""

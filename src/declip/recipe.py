@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from declip.errors import InputError
 from declip.pairs import Data
+from declip.safety import Safety
 from declip.terms import Contrastive, Section, Terms, TextView
 
 SELF_SUPERVISED = {"simsiam", "simclr"}
@@ -107,7 +108,7 @@ class Schedule(Section):
     final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
 
 
-class Engine(Section):
+class Engine(Safety):
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the best there is")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 autocast where the device computes in it, else float32"
@@ -143,7 +144,7 @@ class Recipe(Section):
     terms: Terms = Field(Terms(contrastive=Contrastive()), description="the loss: a weighted sum of terms")
     optimizer: Optimizer = Field(Optimizer(), description="AdamW or SGD")
     schedule: Schedule = Field(Schedule(), description="how long, how fast")
-    engine: Engine = Field(Engine(), description="device and precision")
+    engine: Engine = Field(Engine(), description="device, precision, checkpoints")
     evaluation: Evaluation = Field(Evaluation(), description="held-out score during training")
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from declip.errors import InputError
 from declip.ranks import ALONE
 from declip.recipe import Recipe
 from declip.training import distributed, launch, loop
+from declip.training.checkpoint import checkpoints, step_of
 from declip.training.distributed import joined_ranks, local_device
 from declip.training.logging import read_metrics
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [pair(number) for number in range(40)]
     rows[7]["image"] = b"no image"
     write_pairs(folder / "pairs.parquet", rows)
-    context = spawn(two_ranks, folder, 2, meetings=4)
+    context = spawn(two_ranks, folder, 2, meetings=6)
     for process in context.processes:
         process.join(120)
     codes = [process.exitcode for process in context.processes]
@@ -105,7 +106,7 @@ def one_process(folder: Path) -> Path:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    states = [torch.load(run / "checkpoints" / "last.pt", weights_only=True) for run in (one, other)]
+    states = [torch.load(checkpoints(run)[0], weights_only=True) for run in (one, other)]
     for part in ("model", "objective"):
         assert states[0][part].keys() == states[1][part].keys()
         for name, tensor in states[0][part].items():
@@ -129,16 +130,31 @@ def test_a_run_of_two_ranks_is_the_run_of_one(folder: Path, one_process: Path) -
     assert summaries[0]["held_out_score"] > 0
 
 
-@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_ranks_go_back_together(folder: Path, one_process: Path) -> None:
+    """The loss of one rank was no number in step 5: both go back to step 4, and the rate is half from there."""
+    summaries = [json.loads((folder / f"rolled back {rank}.json").read_text()) for rank in range(2)]
+    assert [summary["roll_backs"] for summary in summaries] == [1, 1]
+    rows, undisturbed = (
+        [row for row in read_metrics(run) if "lr" in row] for run in (folder / "rolled back", one_process)
+    )
+    assert [row["step"] for row in rows] == [row["step"] for row in undisturbed]
+    factors = [row["lr"] / other["lr"] for row, other in zip(rows, undisturbed, strict=True)]
+    assert factors == pytest.approx([1] * 4 + [0.5] * (len(rows) - 4))
+    losses = [[row["loss"] for row in own[:5]] for own in (rows, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("end", ["stopped", "preempted", "killed"])
 def test_what_two_ranks_began_one_process_ends(folder: Path, one_process: Path, end: str) -> None:
-    """`stopped`: Ctrl-C reached one rank in step 3, and both stopped after it. `killed`: rank 1 in step 6."""
+    """Ctrl-C or SIGTERM reached one rank in step 3, and both stopped after it. `killed`: rank 1 in step 6."""
     assert not (folder / end / "open_clip_model.safetensors").exists()
     said = [folder / f"{end} {rank}" for rank in range(2)]
+    if end == "preempted":
+        assert all("Stopped by SIGTERM at step 3 of 8; saved" in path.read_text() for path in said)
     if end == "killed":
         assert "Another rank has ended. To go on from the last checkpoint" in said[0].read_text()
-    assert said[1].exists() == (end == "stopped")
-    step = torch.load(folder / end / "checkpoints" / "last.pt", weights_only=True)["progress"]["step"]
-    assert step == {"stopped": 3, "killed": 4}[end]
+    assert said[1].exists() == (end != "killed")
+    assert step_of(checkpoints(folder / end)[0]) == (4 if end == "killed" else 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "LOG_SECONDS", 0.0)
         loop.train(run_recipe(folder), folder / end, resume=True, quiet=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from declip.data.sources import open_sources
 from declip.data.tokenizer import Tokenizer
 from declip.model.dual_encoder import DualEncoder
+from declip.model.export import WEIGHTS
 from declip.recipe import Recipe, load_recipe
 from declip.training import loop
 from declip.training.held_out import HeldOut
@@ -54,7 +55,8 @@ def test_run_folder(tiny: MakeRecipe, tmp_path: Path, method: str) -> None:
         "metrics.jsonl",
         "open_clip_config.json",
         "open_clip_model.safetensors",
-        "checkpoints/last.pt",
+        "checkpoints/step_00000006.pt",
+        "checkpoints/step_00000008.pt",
         "checkpoints/best.safetensors",
     } | ({"declip_heads.safetensors", "checkpoints/best_heads.safetensors"} if method == "declip" else set())
     assert load_recipe(out / "recipe.toml") == recipe
@@ -115,7 +117,7 @@ def test_bfloat16(tiny: MakeRecipe, tmp_path: Path, method: str) -> None:
     exact, rough = (read_metrics(tmp_path / name)[0] for name in ("float32", "bfloat16"))
     assert exact["loss"] != rough["loss"]
     assert exact["terms"] == pytest.approx(rough["terms"], abs=0.1)
-    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "bfloat16" / loop.WEIGHTS).values())
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "bfloat16" / WEIGHTS).values())
 
 
 def test_attention_on_a_cpu_in_bfloat16_is_made_of_plain_products() -> None:
@@ -142,13 +144,13 @@ def test_vocabulary_in_use(tiny: MakeRecipe, tmp_path: Path) -> None:
 def test_best_weights_are_kept(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores(monkeypatch, [10, 30, 20, 30])
     kept: dict[int, dict[str, torch.Tensor]] = {}
-    judge = loop.Run._judge
+    judge = loop.Run.judge
 
-    def note(run: loop.Run, log: Any, loss: float) -> None:
+    def note(run: loop.Run, log: Any, loss: float) -> bool:
         kept[run.step] = {name: tensor.clone() for name, tensor in run.model.clip.state_dict().items()}
-        judge(run, log, loss)
+        return judge(run, log, loss)
 
-    monkeypatch.setattr(loop.Run, "_judge", note)
+    monkeypatch.setattr(loop.Run, "judge", note)
     summary = train(tiny(), tmp_path / "run", quiet=True)
     assert (summary["best_step"], summary["held_out_score"]) == (4, 30)
     found = load_file(tmp_path / "run" / "open_clip_model.safetensors")
@@ -161,7 +163,7 @@ def test_without_held_out_pairs_the_last_weights_count(tiny: MakeRecipe, tmp_pat
     summary = train(tiny("clip", "data.holdout=0"), tmp_path / "run", quiet=True)
     assert (summary["training_pairs"], summary["held_out_score"]) == (40, None)
     assert not any("held_out" in row for row in read_metrics(tmp_path / "run"))
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step_00000008.pt", weights_only=True)["model"]
     for name, tensor in load_file(tmp_path / "run" / "open_clip_model.safetensors").items():
         assert torch.equal(tensor, state[f"clip.{name}"]), name
 
@@ -245,10 +247,11 @@ def test_device_and_threads(tiny: MakeRecipe, tmp_path: Path) -> None:
 
 def test_interrupts_wait_for_the_end_of_the_step() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with loop.interrupts_between_steps() as interrupted:
-        assert not interrupted()
+    with loop.interrupts_between_steps() as interrupts:
+        interrupts.check()
         os.kill(os.getpid(), signal.SIGINT)
-        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
         with pytest.raises(KeyboardInterrupt):  # a second one does not wait
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import declip
 from declip.cli.data import add_data
 from declip.cli.terminal import command, console, folder, positive, progress_bar, whole
-from declip.errors import RANK_LOST, InputError, RankLost, RunStopped
+from declip.errors import RANK_LOST, InputError, Preempted, RankLost, RunStopped
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
 DONE, STOPPED, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
@@ -44,10 +44,10 @@ def _run(argv: Sequence[str] | None) -> int:
         if args.json:
             # Whatever a library prints goes to stderr, so that stdout holds one JSON object and nothing else.
             with contextlib.redirect_stdout(sys.stderr):
-                result = args.run(args)
+                result = _result(args)
             print(json.dumps(_plain(result), allow_nan=False))
         else:
-            args.run(args)
+            _result(args)
         sys.stdout.flush()
     except InputError as error:
         return _fail(str(error))
@@ -74,6 +74,16 @@ def _run(argv: Sequence[str] | None) -> int:
     except Exception:
         return _crashed()
     return int(args.code)
+
+
+def _result(args: argparse.Namespace) -> Any:
+    """The command's result; for a run that SIGTERM has stopped, that it was."""
+    try:
+        return args.run(args)
+    except Preempted as error:
+        if os.environ.get("RANK", "0") == "0":  # the ranks stop together
+            print(f"declip: {error}", file=sys.stderr)
+        return {"preempted": True}
 
 
 def _crashed() -> int:

@@ -260,4 +260,5 @@ def _deaths_between_steps() -> Iterator[None]:
 
 def _quiet_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to handle
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not as the training process, from which it is inherited
     torch.set_num_threads(1)

@@ -59,9 +59,6 @@ def joined_ranks(recipe: Recipe) -> Iterator[Ranks]:
         _compare_recipes(recipe, ranks)
         yield ranks
         dist.destroy_process_group()
-    except KeyboardInterrupt:
-        dist.destroy_process_group()  # all have agreed to stop
-        raise
     except RuntimeError as error:
         # After a failure nothing is torn down: that would wait for those who are gone.
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
@@ -178,28 +175,47 @@ def draw_apart(ranks: Ranks, seed: int, step: int) -> None:
 
 
 @dataclass(frozen=True)
+class News:
+    """What a rank has to tell: broken pairs, a checkpoint that falls due, Ctrl-C (`stop`), SIGTERM (`preempted`)."""
+
+    broken: Broken = ()
+    due: bool = False
+    stop: bool = False
+    preempted: bool = False
+
+
+@dataclass(frozen=True)
 class Agreed:
-    """What all ranks know of a step: its loss and terms over the global batch, the broken pairs, whether to stop."""
+    """What all ranks know of a step: its loss and terms over the global batch, without gradients, and all news."""
 
     loss: Tensor
     terms: dict[str, Tensor]
-    broken: Broken
-    interrupted: bool
+    news: News
 
 
-def agree(ranks: Ranks, loss: Tensor, terms: dict[str, Tensor], broken: Broken, interrupted: bool) -> Agreed:
-    """Put the ranks' losses and news together: one small all-reduce a step."""
-    if ranks.count == 1:
-        return Agreed(loss, terms, broken, interrupted)
-    news = loss.new_tensor([float(len(broken)), float(interrupted)])
-    values = ranks.sum(torch.cat([torch.stack([loss, *terms.values()]).detach().float() / ranks.count, news]))
-    mean, *means = values[:-2].unbind()
-    count, stop = values[-2:].tolist()
-    if count:
-        parts: list[Any] = [None] * ranks.count
-        dist.all_gather_object(parts, broken)
-        broken = tuple(pair for part in parts for pair in part)
-    return Agreed(mean, dict(zip(terms, means, strict=True)), broken, stop > 0)
+def agree(ranks: Ranks, loss: Tensor, terms: dict[str, Tensor], news: News) -> Agreed:
+    """Put the ranks' losses and news together: two small all-reduces a step, one of a few numbers on the hosts.
+
+    Nobody waits for a GPU here.
+    """
+    values = torch.stack([loss, *terms.values()]).detach().float()
+    if ranks.count > 1:
+        values = ranks.sum(values) / ranks.count
+        told = torch.tensor([len(news.broken), news.due, news.stop, news.preempted], dtype=torch.int32)
+        broken, due, stop, preempted = ranks.sum(told).tolist()
+        parts: list[Any] = [news.broken] * ranks.count
+        if broken:
+            dist.all_gather_object(parts, news.broken)
+        news = News(tuple(pair for part in parts for pair in part) if broken else (), due > 0, stop > 0, preempted > 0)
+    mean, *means = values.unbind()
+    return Agreed(mean, dict(zip(terms, means, strict=True)), news)
+
+
+def part(ranks: Ranks) -> None:
+    """Leave together, where all have agreed to stop: rank 0 comes last, and whoever started them ends all with one."""
+    if ranks.count > 1:
+        broadcast(None, ranks)
+        dist.destroy_process_group()
 
 
 def leave(code: int) -> int:
@@ -207,7 +223,7 @@ def leave(code: int) -> int:
 
     At a normal exit gloo's threads, which know nothing of a failure, would abort.
     """
-    if code:
+    if code or dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -29,7 +30,8 @@ class RunLog:
     """Rows for metrics.jsonl, a live line for people, scalars for TensorBoard. Use as a context manager."""
 
     def __init__(self, out: Path, name: str, steps: int, first: int, quiet: bool) -> None:
-        self._file: TextIO = open(out / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in __exit__)
+        self._out = out
+        self._file = self._open()
         self.console = Console(stderr=True, quiet=quiet)
         self._board = _tensorboard(out)
         self._progress = _Bar(
@@ -53,6 +55,16 @@ class RunLog:
         if self._board is not None:
             self._board.close()
 
+    def _open(self) -> TextIO:
+        return open(self._out / "metrics.jsonl", "a", buffering=1)
+
+    def cut(self, step: int) -> None:
+        """Drop the rows after `step`: the run has gone back to it and makes them again."""
+        self._file.close()
+        cut_metrics(self._out, step)
+        self._file = self._open()
+        self._progress.update(self._task, completed=step)
+
     def train(self, row: dict[str, Any]) -> None:
         self._write(row)
         text = f"{row['samples_per_second']:.0f} pairs/s  loss {row['loss']:.3f}{self._held_out}"
@@ -68,7 +80,7 @@ class RunLog:
         self.console.print(text, style=style, markup=False, highlight=False)
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in _scalars(row):
                 self._board.add_scalar(name, value, row["step"])
@@ -84,6 +96,9 @@ class NoLog(RunLog):
         return self
 
     def __exit__(self, *_: object) -> None:
+        pass
+
+    def cut(self, step: int) -> None:
         pass
 
     def train(self, row: dict[str, Any]) -> None:
@@ -111,6 +126,13 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not know: the loss of a skipped step."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -1,0 +1,247 @@
+"""The state of a run between two steps: judging it, saving it, going back, finishing."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from declip.data.decoded import Images, check_broken
+from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
+from declip.data.sources import BrokenPair
+from declip.errors import Diverged, InputError
+from declip.files import save_weights, write_atomically
+from declip.model.dual_encoder import DualEncoder
+from declip.model.embed import TokenWise
+from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
+from declip.objectives.objective import Objective
+from declip.ranks import Ranks
+from declip.recipe import Recipe
+from declip.training.checkpoint import FORMAT, HEADS_BEST, WEIGHTS_BEST, checkpoints, read_newest, step_of
+from declip.training.distributed import Broken, broadcast
+from declip.training.guard import Guard
+from declip.training.heads import heads_of
+from declip.training.held_out import HeldOut
+from declip.training.logging import RunLog, resident_bytes
+from declip.training.optimizer import build_optimizer
+from declip.training.saving import Saver
+
+MEMORY_SECONDS = 5.0
+
+
+class Run:
+    """The state of a run between two steps: what a checkpoint holds."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: torch.device,
+        model: DualEncoder,
+        objective: Objective,
+        images: Images,
+        held_out: HeldOut | None,
+        steps: int,
+        saver: Saver,
+        ranks: Ranks,
+    ) -> None:
+        self.recipe, self.out, self.device, self.held_out, self.steps = recipe, out, device, held_out, steps
+        self.images, self.saver, self.ranks = images, saver, ranks
+        self.model, self.objective = model.to(device), objective.to(device)
+        if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
+            self.model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
+        self.token_wise = None
+        if recipe.similarity == "token_wise":
+            self.token_wise = TokenWise(objective.terms["token_wise"].mappings, not recipe.pads_captions)  # type: ignore[arg-type]
+        self.optimizer = build_optimizer([model, objective], recipe.optimizer)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
+        self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
+        self.loss_at_best = math.inf
+        self.roll_backs, self.rate_factor, self.rolled_to = 0, 1.0, -1
+        self.guard = Guard([model, objective], self.optimizer, recipe.engine)
+        kept = images.kept or []
+        self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
+
+    def row(self, loss: Tensor, terms: dict[str, Tensor], rate: float, speed: float) -> dict[str, Any]:
+        if self.device.type == "cuda":
+            self.peak_memory = max(self.peak_memory, torch.cuda.max_memory_allocated())
+        elif time.perf_counter() - self.memory_read >= MEMORY_SECONDS:  # reading it takes tens of milliseconds
+            self.peak_memory, self.memory_read = max(self.peak_memory, resident_bytes()), time.perf_counter()
+        return {
+            "step": self.step,
+            "pairs": self.step * self.recipe.schedule.batch_size,
+            "seconds": round(self.seconds, 2),
+            "loss": float(loss.detach()),
+            "terms": {name: float(value.detach()) for name, value in terms.items()},
+            "logit_scale": float(self.model.clip.logit_scale.detach().exp()),
+            "lr": rate,
+            "samples_per_second": round(speed, 1),
+            "skipped": self.guard.skipped,
+        }
+
+    def judge(self, log: RunLog, loss: float) -> bool:
+        """Score the held-out pairs, whether they are the best so far, and warn where the run has begun to overfit."""
+        own = None if self.held_out is None else self.held_out.score(self.model, self.device, self.token_wise)
+        metrics = broadcast(own, self.ranks)
+        if metrics is None:
+            return False
+        if not math.isfinite(metrics["score"]):
+            raise self._no_number()
+        pairs, seconds = self.step * self.recipe.schedule.batch_size, round(self.seconds, 2)
+        rounded = {name: round(value, 3) for name, value in metrics.items()}
+        log.held_out({"step": self.step, "pairs": pairs, "seconds": seconds, "held_out": rounded})
+        if metrics["score"] > self.best_score:
+            self.best_score, self.best_step = metrics["score"], self.step
+            self.worse_in_a_row, self.loss_at_best = 0, loss
+            return True
+        self.worse_in_a_row += 1
+        if self.worse_in_a_row >= 3 and loss < self.loss_at_best and not self.warned:
+            self.warned = True
+            log.say(
+                f"Overfitting: the loss still falls ({self.loss_at_best:.3f} to {loss:.3f}) but the held-out score has "
+                f"not risen since step {self.best_step} ({self.best_score:.1f}, now {metrics['score']:.1f}). The best "
+                "weights are kept; train for fewer epochs, or add pairs or supervision.",
+                style="yellow",
+            )
+        return False
+
+    def has_stopped_rising(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        return bool(patience) and self.worse_in_a_row >= patience
+
+    def _no_number(self) -> Diverged:
+        return Diverged(f"The model's output is not a number after step {self.step}")
+
+    def note_broken(self, broken: Broken, log: RunLog) -> None:
+        for index, where, reason in broken:
+            if index not in self.broken:
+                self.broken.add(index)
+                pair = BrokenPair(self.images.source.key(index), where, reason)
+                log.say(f"skipped: {pair}", style="yellow")
+                check_broken(len(self.broken), pair, len(self.images.source), self.recipe.data.broken_limit)
+
+    def save(self, best: bool = False) -> None:
+        """Have a checkpoint written, and the best weights; raises Diverged where the weights are no numbers."""
+        self.guard.read(self.step)
+        # A sum is not finite where a summand is not, and takes a twentieth of the time of asking each.
+        if not torch.stack([parameter.detach().sum() for parameter in self.parameters]).isfinite().all():
+            raise self._no_number()
+        weights = {}
+        if best:
+            weights[WEIGHTS_BEST] = self.model.clip.state_dict()
+            if heads := heads_of(self.model, self.objective):
+                weights[HEADS_BEST] = heads
+        self.saver.save(self.step, self.state(), weights)
+
+    def save_at_once(self) -> str:
+        """Save and wait for it; whether it is saved, in words."""
+        try:
+            self.save()
+        except Diverged as divergence:
+            return f"not saved, for {str(divergence)[0].lower()}{str(divergence)[1:]}; the last good checkpoint is kept"
+        self.saver.wait()
+        return "saved"
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs. The weights' moving average and the gradient scaler belong here too."""
+        return {
+            "format": FORMAT,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "model": self.model.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "guard": self.guard.state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "progress": {name: getattr(self, name) for name in self._PROGRESS},
+        }
+
+    def read(self, before: int | None = None) -> None:
+        """Take up the newest intact checkpoint, on every rank the one that rank 0 finds.
+
+        before: one of an earlier step than this, where there is one
+        """
+        state = None if self.ranks.rank else read_newest(self.out, self.recipe, before)
+        step = broadcast(0 if state is None else int(state["progress"]["step"]), self.ranks)
+        # The others look when rank 0 has tidied up.
+        self.restore(read_newest(self.out, self.recipe, before=step + 1) if state is None else state)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
+        self.model.load_state_dict(state["model"])
+        self.objective.load_state_dict(state["objective"])
+        peaks = [group["peak"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak
+        self.guard.restore(state["guard"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        for name, value in state["progress"].items():
+            setattr(self, name, value)
+
+    _PROGRESS = (
+        *("step", "seconds", "peak_memory", "roll_backs", "rate_factor", "rolled_to"),
+        *("best_score", "best_step", "worse_in_a_row", "loss_at_best", "warned"),
+    )
+
+    def roll_back(self, divergence: str, log: RunLog) -> None:
+        """Go back to the last good checkpoint with a lower learning rate; raises InputError where the run shall stop.
+
+        Where it diverges again from the checkpoint that it went back to, that was not good: the one before is taken.
+        """
+        engine, tried = self.recipe.engine, self.roll_backs
+        if engine.on_divergence == "stop" or tried == engine.roll_backs:
+            again = f" after {tried} goings back" if tried else ""
+            raise InputError(
+                f"{divergence}{again}: the last good weights are kept in {self.out / 'checkpoints'}; lower "
+                f"optimizer.lr (now {self.recipe.optimizer.lr:g}) or look at the pairs."
+            )
+        self.saver.wait()
+        factor = self.rate_factor * engine.roll_back_lr
+        newest = broadcast(0 if self.ranks.rank else step_of(checkpoints(self.out)[0]), self.ranks)
+        self.read(before=newest if newest == self.rolled_to else None)
+        self.roll_backs, self.rate_factor, self.rolled_to = tried + 1, factor, self.step
+        log.cut(self.step)
+        log.say(f"{divergence}: back to step {self.step} with {factor:g} of the learning rate.", style="yellow")
+        self.save()  # a run that is killed now goes on from here too
+
+    def finish(self) -> dict[str, Any]:
+        """Turn the run folder into an open_clip model (the best weights) and sum the run up."""
+        if not self.ranks.rank:
+            self._write_model()
+        pairs_seen = self.step * self.recipe.schedule.batch_size
+        return {
+            "run": str(self.out),
+            "recipe": self.recipe.name,
+            "training_pairs": len(self.images.source),
+            "steps": self.step,
+            "pairs_seen": pairs_seen,
+            "seconds": round(self.seconds, 1),
+            "samples_per_second": round(pairs_seen / max(self.seconds, 1e-9), 1),
+            "peak_memory_gb": round(self.peak_memory / 2**30, 2),
+            "held_out_score": None if self.held_out is None else round(self.best_score, 2),
+            "best_step": self.best_step,
+            "broken": len(self.broken),
+            "skipped": self.guard.skipped,
+            "roll_backs": self.roll_backs,
+        }
+
+    def _write_model(self) -> None:
+        last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
+        for name, best in ((WEIGHTS, self.out / WEIGHTS_BEST), (HEADS, self.out / HEADS_BEST)):
+            if best.is_file():
+                write_atomically(self.out / name, functools.partial(shutil.copyfile, best))
+            elif last[name]:
+                save_weights(self.out / name, last[name])
+        if isinstance(self.model.tokenizer, HuggingFaceTokenizer):
+            self.model.tokenizer.save(self.out)
+        write_config(self.out, open_clip_config(self.recipe))
