@@ -57,6 +57,7 @@ METHODS = {
             *('terms.nearest_neighbour.enqueue=["masked","augmented"]', "terms.masked_language.vocabulary=used"),
         ],
     ),
+    "declip, recomputed": ("declip", ["engine.micro_batch=3", "engine.grad_checkpointing=true"]),
     "slip": ("clip", [*SIMCLR, "data.strong_images.flip=0.5"]),
     "filip": ("clip", ["terms.contrastive=none", "terms.token_wise.dim=8"]),
     "filip, top 3": ("clip", [*TOP_3, "terms.token_wise.images=2"]),

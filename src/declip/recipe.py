@@ -115,10 +115,19 @@ class Engine(Safety):
     )
     threads: int | None = Field(None, gt=0, description="CPU threads for the towers (default: PyTorch's choice)")
     compile: bool = Field(False, description="torch.compile the towers")
+    micro_batch: int | None = Field(
+        None,
+        gt=0,
+        description="as many image or text views as the towers compute at once on each rank, with the memory of so "
+        "small a batch and the gradients of the whole one: the rest is computed again (GradCache); not set: all",
+    )
+    grad_checkpointing: bool = Field(
+        False, description="keep the inputs of the towers' blocks alone and compute the rest again: less memory"
+    )
     sync_batch_norm: bool = Field(
         True,
         description="with several ranks, batch norm sees the global batch, as one process does; false: each rank its "
-        "own part (reference)",
+        "own part (reference), and in the towers each micro-batch",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,8 @@ from declip.data.batch import Batch
 from declip.data.tokenizer import EOT, Tokenizer
 from declip.errors import InputError, first_line
 from declip.model.image_tower import EncodedImages, encode_image, image_widths
-from declip.model.text_tower import caption_mask, encode_text, needs_full_captions, text_facts
+from declip.model.recompute import has_batch_norm, recompute_blocks, recomputed
+from declip.model.text_tower import EncodedTexts, caption_mask, encode_text, needs_full_captions, text_facts
 from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config
 from declip.ranks import ALONE, Ranks
@@ -94,6 +96,14 @@ class DualEncoder(nn.Module):
         self.tokenizer = build_tokenizer(text_cfg, self.text.vocabulary)
         self.logit_scale_range, self.logit_scale_cap = recipe.model.logit_scale_range, recipe.model.logit_scale_cap
         self.views_apart = recipe.model.views_apart
+        self.micro_batch = recipe.engine.micro_batch
+        if self.micro_batch and recipe.engine.sync_batch_norm and has_batch_norm(self.clip):
+            raise InputError(
+                "engine.micro_batch: batch norm in the towers would see one micro-batch at a time: allow it with "
+                "engine.sync_batch_norm=false, or leave engine.micro_batch out."
+            )
+        if recipe.engine.grad_checkpointing:
+            recompute_blocks(self.clip)
         self.whole_captions = recipe.pads_captions
         self.full_captions = recipe.pads_captions or needs_full_captions(self.clip)
         self._read_terms(recipe)
@@ -138,8 +148,8 @@ class DualEncoder(nn.Module):
     def forward(self, batch: Batch) -> Features:
         image = self._encode_views(batch.images)
         views, size = len(batch.text_views), batch.sample_ids.shape[0]
-        text = encode_text(self.clip, batch.tokens.flatten(0, 1), self.mask_embedding, self.whole_captions)
-        by_view = zip(batch.text_views, torch.unflatten(text.tokens, 0, (views, size)), batch.tokens, strict=True)
+        embeddings, all_tokens = self._encode_texts(batch.tokens.flatten(0, 1))
+        by_view = zip(batch.text_views, torch.unflatten(all_tokens, 0, (views, size)), batch.tokens, strict=True)
         wanted = [(view, tokens, ids) for view, tokens, ids in by_view if view in self.token_views]
         scale = self.clip.logit_scale.exp()
         if self.logit_scale_cap is not None:
@@ -147,7 +157,7 @@ class DualEncoder(nn.Module):
             scale = scale + (scale.clamp(max=self.logit_scale_cap) - scale).detach()
         return Features(
             image=image.embedding.float(),  # the terms run outside of autocast, in float32
-            text=dict(zip(batch.text_views, torch.unflatten(text.embedding, 0, (views, size)).float(), strict=True)),
+            text=dict(zip(batch.text_views, torch.unflatten(embeddings, 0, (views, size)).float(), strict=True)),
             logit_scale=scale,
             logit_bias=self.clip.logit_bias,
             pooled_image=image.pooled.float() if self.wants_pooled and image.pooled is not None else None,
@@ -159,10 +169,40 @@ class DualEncoder(nn.Module):
     def _encode_views(self, images: Tensor) -> EncodedImages:
         """uint8 [image views, batch, height, width, 3]; every output gets the two leading dimensions."""
         if self.views_apart:
-            apart = [encode_image(self.clip, self.pixels(view)) for view in images]
+            apart = [self._encode_images(view) for view in images]
             return EncodedImages(*(None if x[0] is None else torch.stack(x) for x in zip(*apart, strict=True)))  # type: ignore[arg-type]
-        together = encode_image(self.clip, self.pixels(images.flatten(0, 1)))
+        together = self._encode_images(images.flatten(0, 1))
         return EncodedImages(*(None if x is None else torch.unflatten(x, 0, images.shape[:2]) for x in together))  # type: ignore[arg-type]
+
+    def _encode_images(self, images: Tensor) -> EncodedImages:
+        """uint8 [batch, height, width, 3], a micro-batch at a time (Gao et al. 2021, arXiv:2101.06983)."""
+
+        def encode(some: Tensor) -> EncodedImages:
+            embedding, pooled, tokens = encode_image(self.clip, self.pixels(some))
+            return EncodedImages(
+                embedding, pooled if self.wants_pooled else None, tokens if self.wants_image_tokens else None
+            )
+
+        if len(self._pieces(images)) == 1:
+            return encode(images)
+        pieces = [recomputed(self.clip.visual, encode, some) for some in self._pieces(images)]
+        return EncodedImages(*(None if x[0] is None else torch.cat(x) for x in zip(*pieces, strict=True)))  # type: ignore[arg-type]
+
+    def _encode_texts(self, tokens: Tensor) -> EncodedTexts:
+        """int64 [batch, tokens], a micro-batch at a time."""
+
+        def encode(some: Tensor) -> EncodedTexts:
+            return encode_text(self.clip, some, self.mask_embedding, self.whole_captions)
+
+        if len(self._pieces(tokens)) == 1:
+            return encode(tokens)
+        pieces = [recomputed(self.clip, encode, some) for some in self._pieces(tokens)]
+        return EncodedTexts(*(torch.cat(x) for x in zip(*pieces, strict=True)))
+
+    def _pieces(self, rows: Tensor) -> Sequence[Tensor]:
+        if self.micro_batch is None or not torch.is_grad_enabled():
+            return [rows]
+        return rows.tensor_split(math.ceil(len(rows) / self.micro_batch))
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -47,7 +47,7 @@ def text_facts(clip: Towers) -> TextFacts:
         for name in ("hidden_size", "d_model"):
             width = getattr(config, name, None) or width
         return TextFacts(width, config.vocab_size, 0 if pad is None else pad, own_mask=True)
-    tower = _transformer_of(clip)
+    tower = transformer_of(clip)
     vocabulary, width = tower.token_embedding.weight.shape
     return TextFacts(width, vocabulary, getattr(tower, "pad_id", 0), own_mask=False)
 
@@ -65,7 +65,7 @@ def encode_text(
     """
     if is_huggingface(clip):
         return _encode_huggingface(clip, tokens)
-    x = _embed(_transformer_of(clip), tokens, mask_embedding)
+    x = _embed(transformer_of(clip), tokens, mask_embedding)
     if not _any_length(clip):
         return _encode_padded(clip, tokens, x)
     if whole or tokens.device.type != "cpu" or tokens.shape[0] <= GROUP:
@@ -103,13 +103,13 @@ def caption_lengths(tokens: Tensor, pad: int = 0) -> Tensor:
     return ((tokens != pad) * places).amax(dim=1)
 
 
-def _transformer_of(clip: Towers) -> Any:
+def transformer_of(clip: Towers) -> Any:
     """The module that holds open_clip's own text transformer: the model itself, or its text tower."""
     return clip if hasattr(clip, "token_embedding") else clip.text
 
 
 def _pooling(clip: Towers) -> tuple[str, int]:
-    tower = _transformer_of(clip)
+    tower = transformer_of(clip)
     if tower is clip:
         return clip.text_pool_type, getattr(clip, "text_eos_id", 2)
     return tower.pool_type, tower.eos_id
@@ -117,7 +117,7 @@ def _pooling(clip: Towers) -> tuple[str, int]:
 
 def _any_length(clip: Towers) -> bool:
     """Whether captions may be cut: no later position changes an earlier one, and the end token is the one pooled."""
-    tower = _transformer_of(clip)
+    tower = transformer_of(clip)
     return tower.attn_mask is not None and getattr(tower, "cls_emb", None) is None and _pooling(clip)[0] == "argmax"
 
 
@@ -131,7 +131,7 @@ def _embed(tower: Any, tokens: Tensor, mask_embedding: Tensor | None) -> Tensor:
 
 
 def _encode_group(clip: Towers, tokens: Tensor, x: Tensor) -> EncodedTexts:
-    tower, length = _transformer_of(clip), tokens.shape[1]
+    tower, length = transformer_of(clip), tokens.shape[1]
     x = x + tower.positional_embedding[:length]
     x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
     x = tower.ln_final(x)
@@ -145,7 +145,7 @@ def _encode_padded(clip: Towers, tokens: Tensor, x: Tensor) -> EncodedTexts:
     """Towers that pool another position or look both ways: they see every caption at full length."""
     from open_clip.transformer import text_global_pool
 
-    tower = _transformer_of(clip)
+    tower = transformer_of(clip)
     x = x + tower.positional_embedding[: tokens.shape[1]]
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
     pool, eos = _pooling(clip)
