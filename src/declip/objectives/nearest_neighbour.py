@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,6 +56,7 @@ class NearestNeighbour(nn.Module):
         # Random directions belong to no sample: -2 is no id, and not empty either.
         self.register_buffer("queue_ids", torch.full((queue_size,), -2 if random_start else EMPTY))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self.found: tuple[Tensor, Tensor] | None = None  # what `_search` gave last, [text views, batch] each
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
         images, texts = features.unit_image[: self.images], features.unit_texts(self.texts)
@@ -78,7 +80,8 @@ class NearestNeighbour(nn.Module):
         """
         texts = texts.detach()
         rows, found = self._search(texts.flatten(0, 1), sample_ids.repeat(len(texts)))
-        rows, found = (torch.unflatten(x, 0, (len(texts), -1)) for x in (rows, found))  # [text views, batch]
+        rows, found = (torch.unflatten(x, 0, (len(texts), -1)) for x in (rows, found))
+        self.found = rows, found
         # The ring is the same everywhere, so ranks tell one another places in it instead of embeddings.
         global_rows, global_found = ranks.gather(rows, dim=1), ranks.gather(found, dim=1)
         loss = images.new_zeros(())
@@ -130,3 +133,19 @@ class NearestNeighbour(nn.Module):
         self.queue[start:end] = texts[: end - start].to(self.queue.dtype)
         self.queue_ids[start:end] = sample_ids[: end - start]
         self.pointer.fill_(end % size)
+
+
+def mean_age(pointer: int, size: int, full: bool, batch: int, views: int) -> float | None:
+    """Steps since the entries of the queue came in, on average, as the next search finds them; None where it is empty.
+
+    pointer: where the next entry goes; full: whether the last place is taken; batch: rows that each of `views` text
+    views enters a step, which was the same all the time. Random directions that the queue began with do not count.
+    """
+    writes = math.ceil(size / batch)  # of a lap; the last is cut off at the end of the ring
+    newest = (math.ceil(pointer / batch) - 1) % writes
+    if not full and pointer == 0:
+        return None
+    first = range(writes if full else newest + 1)
+    ages = [(newest - write) % writes // views + 1 for write in first]
+    entries = [min(batch, size - write * batch) for write in first]
+    return sum(age * count for age, count in zip(ages, entries, strict=True)) / sum(entries)

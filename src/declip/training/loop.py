@@ -134,8 +134,11 @@ def _go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
     every = max(1, round(recipe.evaluation.every * run.steps))
     model.train()
     logged = saved = clock = time.perf_counter()
-    logged_step = run.step
-    for batch in make_loader(maker, run.step, run.steps, recipe.data.workers):
+    logged_step, took = run.step, math.inf
+    for batch in run.watch.batches(make_loader(maker, run.step, run.steps, recipe.data.workers)):
+        judged, best = (run.step + 1) % every == 0 or run.step + 1 == run.steps, False
+        # Known before the forward pass, so that only steps that are logged pay for what a row says of them.
+        watched = run.watch.begin(judged or time.perf_counter() - logged + took >= LOG_SECONDS)
         draw_apart(ranks, recipe.seed, run.step)
         rate = run.rate_factor * learning_rate(run.step, run.steps, recipe)
         for group in run.optimizer.param_groups:
@@ -149,6 +152,7 @@ def _go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         run.note_broken(agreed.news.broken, log)
         run.optimizer.zero_grad()
         loss.backward()
+        run.watch.read_gradients()
         norm = torch.nn.utils.clip_grad_norm_(run.parameters, recipe.optimizer.clip_norm or math.inf)
         if skipped := run.guard.step(run.step + 1, agreed.loss, norm, agreed.terms):
             log.say(f"skipped: {skipped}", style="yellow")
@@ -157,17 +161,17 @@ def _go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         run.step += 1
 
         now = time.perf_counter()
-        run.seconds, clock = run.seconds + now - clock, now
-        judged, best = run.step % every == 0 or run.step == run.steps, False
-        if judged or now - logged >= LOG_SECONDS:
+        run.seconds, took, clock = run.seconds + now - clock, now - clock, now
+        if watched:
             speed = (run.step - logged_step) * recipe.schedule.batch_size / max(now - logged, 1e-9)
-            log.train(run.row(agreed.loss, agreed.terms, rate, speed))
+            more = run.watch.row(norm, now - logged, speed)
+            log.train({**run.row(agreed.loss, agreed.terms, rate, speed), **more})
         if judged:
             best = run.judge(log, float(agreed.loss))
         if judged or agreed.news.due:
             run.save(best)
             saved = time.perf_counter()
-        if judged or now - logged >= LOG_SECONDS:
+        if judged or watched:
             # Judging and saving are not training: they count neither as time nor in the speed.
             logged = clock = time.perf_counter()
             logged_step = run.step
