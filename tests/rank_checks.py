@@ -38,6 +38,7 @@ from declip.training.distributed import (
     one_voice,
     share_gradients,
 )
+from declip.training.estimate import estimate
 from declip.training.step import Step
 
 BATCHES = (0, 1, 5)  # the last of another epoch, when the queue holds the same pairs
@@ -134,7 +135,7 @@ def four_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
 
 
 def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
-    """Every method; a whole run; one that goes back; ones that are stopped; last one in which rank 1 is killed."""
+    """Every method; a whole run; one that goes back; a dry one; ones that are stopped; last one that loses rank 1."""
     torch.set_num_threads(1)
     loop.LOG_SECONDS = 0.0
     as_rank(rank, count, ports[0])
@@ -158,8 +159,11 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
         summary = loop.train(run_recipe(folder, *rolled_back), folder / "rolled back", quiet=True)
     (folder / f"rolled back {rank}.json").write_text(json.dumps(summary))
 
+    as_rank(rank, count, ports[3])
+    (folder / f"estimate {rank}.json").write_text(json.dumps(estimate(run_recipe(folder), price=3.0)))
+
     ends = (("stopped", 3, signal.SIGINT), ("preempted", 3, signal.SIGTERM), ("killed", 6, signal.SIGKILL))
-    for port, (name, step, number) in enumerate(ends, 3):
+    for port, (name, step, number) in enumerate(ends, 4):
         as_rank(rank, count, ports[port])
         try:
             with signal_at(step, number if rank == 1 else None):

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [pair(number) for number in range(40)]
     rows[7]["image"] = b"no image"
     write_pairs(folder / "pairs.parquet", rows)
-    context = spawn(two_ranks, folder, 2, meetings=6)
+    context = spawn(two_ranks, folder, 2, meetings=7)
     for process in context.processes:
         process.join(120)
     codes = [process.exitcode for process in context.processes]
@@ -142,6 +142,14 @@ def test_ranks_go_back_together(folder: Path, one_process: Path) -> None:
     assert factors == pytest.approx([1] * 4 + [0.5] * (len(rows) - 4))
     losses = [[row["loss"] for row in own[:5]] for own in (rows, undisturbed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_dry_run_of_two_ranks(folder: Path) -> None:
+    found, other = (json.loads((folder / f"estimate {rank}.json").read_text()) for rank in range(2))
+    assert other == {}
+    assert (found["ranks"], found["steps"], found["batch_size"]) == (2, 8, 8)
+    assert found["device_hours"] == pytest.approx(2 * found["hours"])
+    assert found["cost"] == pytest.approx(3 * found["device_hours"])
 
 
 @pytest.mark.parametrize("end", ["stopped", "preempted", "killed"])
