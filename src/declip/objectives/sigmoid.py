@@ -10,55 +10,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Batch
+from declip.model.chunks import chunks
 from declip.model.dual_encoder import Features
+from declip.objectives.cross_entropy import no_second_derivative
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """The loss and, in the same pass over chunks of texts, its gradients: no chunk's logits are kept or made twice."""
+    """The loss and, in the same pass over chunks of images, its gradients: no chunk's logits are kept or made twice."""
 
     @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk: int, first: int
-    ) -> Tensor:
+    def forward(ctx: Any, images: Tensor, texts: Tensor, logit_bias: Tensor, first: int, slopes_wanted: bool) -> Tensor:
+        batch, count = len(images), len(texts)
         loss = images.new_zeros(())
-        gradients = [torch.zeros_like(x) for x in (images, texts, logit_scale, logit_bias)]
-        for start in range(0, len(texts), chunk):
-            some = texts[start : start + chunk]
-            similarity = images @ some.T
-            logits = logit_scale * similarity + logit_bias
+        slopes = [torch.empty_like(images), torch.zeros_like(texts), torch.zeros_like(logit_bias)]
+        parts = chunks(batch, count, images)
+        buffer = images.new_empty(parts[0].stop, count)
+        for part in parts:
+            logits = buffer[: part.stop - part.start]
+            torch.addmm(logit_bias, images[part], texts.T, out=logits)
+            right = logits.diagonal(first + part.start)
             # -log σ(-x) = softplus(x) for the wrong texts, and -log σ(x) = softplus(x) - x for the right one
-            loss += F.softplus(logits).sum() - logits.diagonal(offset=first - start).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            slope = logits.sigmoid_()
-            slope.diagonal(offset=first - start).sub_(1)
-            gradients[0].addmm_(slope, some)
-            gradients[1][start : start + chunk] = slope.T @ images
-            gradients[2] += (slope * similarity).sum()
-            gradients[3] += slope.sum()
-        ctx.save_for_backward(logit_scale, *gradients)
-        ctx.batch = len(images)
-        return loss / len(images)
+            loss += F.softplus(logits).sum() - right.sum()
+            if slopes_wanted:
+                logits.sigmoid_()
+                right.sub_(1)
+                torch.mm(logits, texts, out=slopes[0][part])
+                slopes[1].addmm_(logits.T, images[part])
+                slopes[2] += logits.sum()
+        ctx.save_for_backward(*(slope.div_(batch) for slope in slopes))
+        return loss / batch
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logit_scale, images, texts, scale, bias = ctx.saved_tensors
-        gradient = gradient / ctx.batch
-        towers = gradient * logit_scale * images, gradient * logit_scale * texts
-        return *towers, gradient * scale, gradient * bias, None, None
+        no_second_derivative()
+        images, texts, bias = ctx.saved_tensors
+        return gradient * images, gradient * texts, gradient * bias, None, None
 
 
-def sigmoid_loss(
-    images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk: int = 4096, first: int = 0
-) -> Tensor:
+def sigmoid_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, first: int = 0) -> Tensor:
     """-1/batch · Σ_ij log σ(z_ij (s · I_i T_jᵀ + b)), with z_ij = 1 where i = j and -1 elsewhere (SigLIP, eq. 1).
 
     images, texts: [batch, dim], normalised. Published start: s = 10, b = -10.
-    chunk: as many texts at once: memory goes with batch × chunk and not with batch². The value is the same.
     first: where the texts are those of a larger batch [all, dim] (that of all processes), the text of the first image.
+
+    Memory goes with batch and not with batch² (`model/chunks.py`). There is no second derivative.
     """
-    with torch.autocast(images.device.type, enabled=False):  # its own gradients need one precision throughout
-        loss: Tensor = _SigmoidLoss.apply(images, texts.to(images.dtype), logit_scale, logit_bias, chunk, first)
+    slopes_wanted = torch.is_grad_enabled()
+    loss: Tensor = _SigmoidLoss.apply(logit_scale * images, texts, logit_bias, first, slopes_wanted)
     return loss
 
 
