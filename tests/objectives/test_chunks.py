@@ -68,9 +68,8 @@ def weighted(cells: Tensor) -> Tensor:
     return cells[0] + 0.3 * cells[1:].mean()
 
 
-def dense_sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first: int = 0) -> Tensor:
-    signs = -torch.ones(len(images), len(texts))
-    signs.diagonal(first).fill_(1)
+def dense_sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    signs = 2 * torch.eye(len(images)) - 1
     return -F.logsigmoid(signs * (scale * images @ texts.T + bias)).sum() / len(images)
 
 
@@ -133,9 +132,9 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
         lambda i, t, s, b: sigmoid_loss(i[0], t[0], s, b),
         lambda i, t, s, b: dense_sigmoid(i[0], t[0], s, b),
     ),
-    "sigmoid, candidates": (
-        lambda i, t, s, b: sigmoid_loss(i[0], candidates_of(i, t)[1][0], s, b, 5),
-        lambda i, t, s, b: dense_sigmoid(i[0], candidates_of(i, t)[1][0], s, b, 5),
+    "sigmoid, several views": (
+        lambda i, t, s, b: sigmoid_loss(i, t, s, b),
+        lambda i, t, s, b: torch.stack([dense_sigmoid(one, other, s, b) for one in i for other in t]).mean(),
     ),
     "simclr": (lambda i, t, s, b: nt_xent(*i), lambda i, t, s, b: dense_nt_xent(*i)),
     "nearest_neighbour": (
