@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.model import token_similarity
+from declip.model.chunks import CHUNK_BYTES
 from declip.objectives.sigmoid import sigmoid_loss
 from declip.objectives.simclr import nt_xent
 from declip.objectives.token_wise import token_wise_infonce
@@ -141,10 +141,10 @@ def _gradient_difference(images: Tensor, texts: Tensor) -> float:
 
 def measure() -> dict[str, Any]:
     small = compare_token_wise(16)
-    chunk = token_similarity.CHUNK_BYTES["cpu"]
-    token_similarity.CHUNK_BYTES["cpu"] = 2**18
+    chunk = CHUNK_BYTES["cpu"]
+    CHUNK_BYTES["cpu"] = 2**18
     chunked = compare_token_wise(16)
-    token_similarity.CHUNK_BYTES["cpu"] = chunk
+    CHUNK_BYTES["cpu"] = chunk
     images, texts = unit(512, 256), unit(512, 256)
     dense, parts = (sigmoid_loss(images, texts, SCALE, torch.tensor(-10.0), size).item() for size in (512, 100))
     simclr, broadcast = memory("simclr"), memory("broadcast")

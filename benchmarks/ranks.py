@@ -41,7 +41,7 @@ from declip.objectives.objective import build_objective
 from declip.ranks import ALONE, Ranks
 from declip.recipe import Recipe, load_recipe
 from declip.training import batch_norm
-from declip.training.distributed import agree, joined_ranks, share_gradients
+from declip.training.distributed import News, agree, joined_ranks, share_gradients
 from declip.training.optimizer import build_optimizer
 from declip.training.pairs import open_pairs, used_tokens
 from declip.training.step import Step
@@ -81,7 +81,7 @@ class Trainer:
     def step(self, batch: Batch) -> None:
         """As in the training loop."""
         loss, terms = self.module(batch)
-        float(agree(self.ranks, loss, terms, (), False).loss.detach())
+        float(agree(self.ranks, loss, terms, News()).loss)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -151,8 +151,8 @@ def repeated(function: Callable[[], object], times: int) -> float:
 
 
 def counted_bytes(trainer: Trainer) -> dict[str, int]:
-    """What one step of this rank hands to gathers and to sums; DDP's own come on top."""
-    found = {"gathered": 0, "summed": 0}
+    """What one step of this rank hands to gathers, to sums and to the next rank; DDP's own come on top."""
+    found = {"gathered": 0, "summed": 0, "passed": 0}
 
     def counting(kind: str, place: int, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -167,6 +167,7 @@ def counted_bytes(trainer: Trainer) -> dict[str, int]:
         mock.patch.object(collectives, "all_gather", gather),
         mock.patch.object(batch_norm, "all_gather", gather),
         mock.patch.object(dist, "all_reduce", counting("summed", 0, dist.all_reduce)),
+        mock.patch.object(Ranks, "pass_on", counting("passed", 1, Ranks.pass_on)),
     ):
         trainer.step(trainer.batches[1])
     return found
@@ -176,13 +177,16 @@ def expected_bytes(trainer: Trainer) -> dict[str, int]:
     """The formulas of docs/scale.md, for this rank's b rows of the batch of N ranks."""
     recipe, ranks, batch = trainer.recipe, trainer.ranks, trainer.batches[1]
     terms, rows, dim = recipe.terms.active(), len(batch.sample_ids), trainer.model.dim
-    everyone, gathered, summed = ranks.count, 0, 4 * (1 + len(terms) + 2)  # the agreement on each step
+    everyone, gathered, summed = ranks.count, 0, 4 * (1 + len(terms) + 4)  # the agreement on each step
     sent: set[str] = set()  # text views, each gathered once
     floats = 0  # that are gathered and whose gradients are summed
+    passed = 0
     for name, term in terms.items():
         if name == "contrastive":
             floats += term.images * rows * dim
-        if name in ("contrastive", "sigmoid"):
+        if name == "sigmoid":
+            passed += (2 * everyone - 1) * len(term.texts) * rows * dim * 4  # texts, and their gradients back home
+        if name == "contrastive":
             floats += len(set(term.texts) - sent) * rows * dim
             sent |= set(term.texts)
         if name == "simclr":
@@ -203,7 +207,11 @@ def expected_bytes(trainer: Trainer) -> dict[str, int]:
             gathered += len(term.texts) * rows * (8 + 1) + 8 * rows  # places, which are found, ids
             gathered += len(set(term.enqueue or term.texts) - sent) * rows * dim * 4
     norms = norm_channels(trainer)
-    return {"gathered": gathered + 4 * floats + 8 * norms, "summed": summed + 4 * everyone * floats + 8 * norms}
+    return {
+        "gathered": gathered + 4 * floats + 8 * norms,
+        "summed": summed + 4 * everyone * floats + 8 * norms,
+        "passed": passed,
+    }
 
 
 def norm_channels(trainer: Trainer) -> int:
@@ -299,7 +307,7 @@ def main() -> int:
         print(f"a step {seconds['step']:.3f} s, gathers {1e3 * seconds['gather']:.1f} ms ({found['gather_share']:.1%})")
         print(f"summing all gradients, alone: {1e3 * seconds['gradients']:.1f} ms")
         for name, row in found["bytes"].items():
-            sizes = "gathered {gathered:,}, summed {summed:,}".format(**row["counted"])
+            sizes = "gathered {gathered:,}, summed {summed:,}, passed on {passed:,}".format(**row["counted"])
             same = "as by formula" if row["counted"] == row["formula"] else f"formula: {row['formula']}"
             print(f"{name}, 16 rows a rank, bytes: {sizes} ({same}); gradients {row['gradients']:,}")
         print("\n".join(f"MISSED {what}" for what in missed) or "All targets met.")

@@ -66,6 +66,8 @@ METHODS = {
     "siglip": ("clip", ["terms.contrastive=none", "terms.sigmoid.images=2", "model.logit_bias_init=-10"]),
 }
 
+FOUR = ("declip", "siglip")  # of these, what four ranks compute is looked at too
+
 
 def recipe_of(folder: Path, name: str, *overrides: str) -> Recipe:
     method, changes = METHODS[name]
@@ -131,7 +133,8 @@ def four_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
     torch.set_num_threads(1)
     as_rank(rank, count, ports[0])
     with joined_ranks(recipe_of(folder, "clip")) as ranks:
-        torch.save(steps_of(recipe_of(folder, "declip"), ranks), folder / f"declip {rank} of {count}.pt")
+        for name in FOUR:
+            torch.save(steps_of(recipe_of(folder, name), ranks), folder / f"{name} {rank} of {count}.pt")
 
 
 def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:

@@ -8,6 +8,7 @@ DistributedDataParallel takes, is the gradient of the global loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,19 @@ class Ranks:
         dist.all_reduce(longest, dist.ReduceOp.MAX)
         missing = int(longest) - part.shape[1]
         return self.gather(F.pad(part, (0, 0) * (part.ndim - 2) + (0, missing)))
+
+    def pass_on(self, tensor: Tensor, tag: int = 0) -> Callable[[], Tensor]:
+        """Send a tensor to the next rank of a ring, without a gradient; gives what waits for the previous rank's."""
+        taken, around = torch.empty_like(tensor), self.count
+        ends = ((dist.isend, tensor, (self.rank + 1) % around), (dist.irecv, taken, (self.rank - 1) % around))
+        works = dist.batch_isend_irecv([dist.P2POp(way, part, other, tag=tag) for way, part, other in ends])
+
+        def wait() -> Tensor:
+            for work in works:
+                work.wait()
+            return taken
+
+        return wait
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, without a gradient."""

@@ -75,6 +75,9 @@ class Model(Section):
         False, description="run the image tower once a view, so that batch norm sees one view at a time (reference)"
     )
     patch_dropout: float = Field(0.0, ge=0, lt=1, description="share of a ViT's patches left out in training (FLIP)")
+    unmasked_end: float = Field(
+        0.0, ge=0, lt=1, description="share of the run, its last part, in which no patches are left out (FLIP, §3)"
+    )
 
 
 class Optimizer(Section):
@@ -166,6 +169,8 @@ class Recipe(Section):
             raise ValueError("the recipe has no term with a weight above zero: give it terms.contrastive")
         if "sigmoid" in active and self.model.logit_bias_init is None:
             raise ValueError("terms.sigmoid needs a bias: set model.logit_bias_init (SigLIP starts at -10)")
+        if self.model.unmasked_end and not self.model.patch_dropout:
+            raise ValueError("model.unmasked_end ends model.patch_dropout, which is 0: set that too")
         return self
 
     @property

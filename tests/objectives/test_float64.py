@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from declip.model.chunks import CHUNK_BYTES
 from declip.model.token_similarity import MeanBestMatch, similarity
+from declip.objectives import contrastive
 from declip.objectives.contrastive import multi_view_infonce
 from declip.objectives.masked_language import MaskedLanguage
 from declip.objectives.nearest_neighbour import NearestNeighbour
@@ -56,8 +59,10 @@ def infonce(there: list[list[float]], back: list[list[float]]) -> float:
 
 
 @quick
-@given(seeds, sizes, sizes, st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, 0.0, 0.5]))
-def test_contrastive(seed: int, batch: int, dim: int, views: int, texts: int, multi_view: float | None) -> None:
+@given(seeds, sizes, sizes, st.integers(1, 3), st.integers(1, 3), st.sampled_from([None, 0.0, 0.5]), sizes)
+def test_contrastive(
+    seed: int, batch: int, dim: int, views: int, texts: int, multi_view: float | None, chunk: int
+) -> None:
     images, words = vectors(seed, views, batch, dim), vectors(seed + 1, texts, batch, dim)
     cells = []
     for image in images:
@@ -67,7 +72,10 @@ def test_contrastive(seed: int, batch: int, dim: int, views: int, texts: int, mu
     expected = sum(cells) / len(cells)
     if multi_view is not None and len(cells) > 1:
         expected = cells[0] + multi_view * sum(cells[1:]) / len(cells[1:])
-    assert multi_view_infonce(images, words, SCALE, multi_view).item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    for whole in (contrastive.WHOLE, 0):  # the whole matrix, or `chunk` rows at once
+        with mock.patch.dict(CHUNK_BYTES, cpu=8 * batch * chunk), mock.patch.object(contrastive, "WHOLE", whole):
+            found = multi_view_infonce(images, words, SCALE, multi_view)
+        assert found.item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 @quick
@@ -79,8 +87,9 @@ def test_sigmoid(seed: int, batch: int, dim: int, chunk: int) -> None:
         for j in range(batch):
             sign = 1 if i == j else -1
             expected += math.log(1 + math.exp(-sign * (float(SCALE) * dot(images[i], texts[j]) + float(BIAS))))
-    for size in (4096, chunk):
-        assert sigmoid_loss(images, texts, SCALE, BIAS, size).item() == pytest.approx(expected / batch, rel=1e-12)
+    for limit in (2**26, 8 * batch * chunk):  # all images at once, or `chunk` of them
+        with mock.patch.dict(CHUNK_BYTES, cpu=limit):
+            assert sigmoid_loss(images, texts, SCALE, BIAS).item() == pytest.approx(expected / batch, rel=1e-12)
 
 
 @quick
@@ -233,7 +242,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "contrastive": lambda a, b, mask: multi_view_infonce(a.transpose(0, 1), b.transpose(0, 1), SCALE),
     "multi_view": lambda a, b, mask: multi_view_infonce(a.transpose(0, 1), b.transpose(0, 1), SCALE, 0.5),
     "sigmoid": lambda a, b, mask: sigmoid_loss(a[:, 0], b[:, 0], SCALE, BIAS),
-    "sigmoid in chunks": lambda a, b, mask: sigmoid_loss(a[:, 0], b[:, 0], SCALE, BIAS, 2),
     "simclr": lambda a, b, mask: nt_xent(a[:, 0], b[:, 0]),
     "token_wise": lambda a, b, mask: token_wise_infonce(a, b, SCALE),
     "token_wise, padding": lambda a, b, mask: token_wise_infonce(a, b, SCALE, mask),
@@ -242,12 +250,22 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
 
 
+@pytest.fixture(params=["whole", "chunks"])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole matrices, or two rows of three."""
+    if request.param == "chunks":
+        monkeypatch.setattr(contrastive, "WHOLE", 0)
+        monkeypatch.setitem(CHUNK_BYTES, "cpu", 8 * 3 * 2)
+
+
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck(name: str) -> None:
     images, texts = vectors(3, 3, 2, 4).requires_grad_(), vectors(4, 3, 3, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b: LOSSES[name](a, b, MASK), (images, texts))
 
 
+@pytest.mark.usefixtures("at_once")
 @pytest.mark.parametrize("exclude_own", [True, False])
 def test_gradcheck_of_neighbours(exclude_own: bool) -> None:
     """To images and scale; the neighbours themselves are constants."""
@@ -262,21 +280,13 @@ def test_gradcheck_of_self_supervision() -> None:
     assert torch.autograd.gradcheck(lambda a: negative_cosine(a, other), (one,))
 
 
+@pytest.mark.usefixtures("at_once")
 def test_gradcheck_of_the_scales() -> None:
     images, texts = vectors(3, 3, 2, 4), vectors(4, 3, 3, 4)
     scale, bias = SCALE.clone().requires_grad_(), BIAS.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda s: token_wise_infonce(images, texts, s), (scale,))
+    assert torch.autograd.gradcheck(lambda s: multi_view_infonce(images[None, :, 0], texts[None, :, 0], s), (scale,))
     assert torch.autograd.gradcheck(lambda s, b: sigmoid_loss(images[:, 0], texts[:, 0], s, b), (scale, bias))
-
-
-def test_sigmoid_under_autocast() -> None:
-    """Its gradients are its own, so it computes in one precision, whatever the loop around it does."""
-    images, texts = vectors(3, 6, 4).float().requires_grad_(), vectors(4, 6, 4).float()
-    alone = sigmoid_loss(images, texts, SCALE.float(), BIAS.float())
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = sigmoid_loss(images, texts, SCALE.float(), BIAS.float())
-    assert loss.item() == alone.item()
-    loss.backward()
 
 
 # What changes nothing
@@ -307,11 +317,9 @@ def test_scaling_vectors_or_logits() -> None:
 
 @pytest.mark.parametrize("both", [True, False])
 def test_chunks_of_token_similarities_change_nothing(both: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from declip.model import token_similarity
-
     values = []
     for limit in (2**26, 1):  # all at once, and one item at a time
-        monkeypatch.setitem(token_similarity.CHUNK_BYTES, "cpu", limit)
+        monkeypatch.setitem(CHUNK_BYTES, "cpu", limit)
         images, texts = vectors(7, 5, 4, 6).requires_grad_(), vectors(8, 5, 3, 6).requires_grad_()
         loss = token_wise_infonce(images, texts, SCALE, None, None if both else 2)
         loss.backward()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TERMS, TINY, pair, write_pairs
-from rank_checks import METHODS, four_ranks, made_norm, recipe_of, run_recipe, spawn, steps_of, two_ranks
+from rank_checks import FOUR, METHODS, four_ranks, made_norm, recipe_of, run_recipe, spawn, steps_of, two_ranks
 from safetensors.torch import load_file
 
 from declip.errors import InputError
@@ -72,7 +72,8 @@ def test_two_ranks_compute_what_one_process_does(folder: Path, name: str) -> Non
 
 def test_four_ranks_compute_what_one_process_does(folder: Path) -> None:
     spawn(four_ranks, folder, 4).join()
-    assert_as_one(folder, "declip", 4)
+    for name in FOUR:
+        assert_as_one(folder, name, 4)
 
 
 def test_batch_norm_over_all_ranks(folder: Path) -> None:

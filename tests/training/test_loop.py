@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from declip.data.sources import open_sources
 from declip.data.tokenizer import Tokenizer
+from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
 from declip.model.export import WEIGHTS
 from declip.recipe import Recipe, load_recipe
@@ -243,6 +244,28 @@ def test_device_and_threads(tiny: MakeRecipe, tmp_path: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_end_of_a_run_sees_all_patches(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    forward = DualEncoder.forward
+
+    def note(model: DualEncoder, batch: Any) -> Any:
+        shares.append(model.clip.visual.patch_dropout.prob)
+        return forward(model, batch)
+
+    monkeypatch.setattr(DualEncoder, "forward", note)
+    recipe = tiny("clip", "model.patch_dropout=0.5", "model.unmasked_end=0.25")
+    train(recipe, tmp_path / "run", quiet=True)
+    assert shares == [0.5] * 6 + [0.0] * 2
+
+
+def test_patch_dropout_that_would_do_nothing(tiny: MakeRecipe) -> None:
+    with pytest.raises(InputError, match=r"model\.unmasked_end ends model\.patch_dropout, which is 0"):
+        tiny("clip", "model.unmasked_end=0.25")
+    resnet = tiny("clip", "model.image.layers=[1,1,1,1]", "model.image.width=8", "model.patch_dropout=0.5")
+    with pytest.raises(InputError, match="has no patches to leave out"):
+        DualEncoder(resnet)
 
 
 def test_interrupts_wait_for_the_end_of_the_step() -> None:

@@ -18,7 +18,7 @@ from declip.model.image_tower import EncodedImages, encode_image, image_widths
 from declip.model.recompute import has_batch_norm, recompute_blocks, recomputed
 from declip.model.text_tower import EncodedTexts, caption_mask, encode_text, needs_full_captions, text_facts
 from declip.model.tokenizer import build_tokenizer
-from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config
+from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config, patch_dropouts
 from declip.ranks import ALONE, Ranks
 from declip.recipe import Recipe
 
@@ -203,6 +203,11 @@ class DualEncoder(nn.Module):
         if self.micro_batch is None or not torch.is_grad_enabled():
             return [rows]
         return rows.tensor_split(math.ceil(len(rows) / self.micro_batch))
+
+    def leave_out_patches(self, share: float) -> None:
+        """Set patch dropout, from the next forward pass on."""
+        for dropout in patch_dropouts(self.clip):
+            dropout.prob = share
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

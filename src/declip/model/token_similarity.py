@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of token similarities that exist at once
+from declip.model.chunks import chunks
 
 
 class MeanBestMatch(torch.autograd.Function):
@@ -77,11 +77,8 @@ def _index_type(tokens: int) -> torch.dtype:
 
 
 def _chunks(queries: Tensor, items: Tensor) -> list[slice]:
-    """Slices of the items, each with at most CHUNK_BYTES of token similarities."""
-    limit = CHUNK_BYTES.get(queries.device.type, CHUNK_BYTES["cpu"])
-    per_item = queries.shape[0] * queries.shape[1] * items.shape[1] * queries.element_size()
-    step = max(1, limit // max(per_item, 1))
-    return [slice(start, start + step) for start in range(0, items.shape[0], step)]
+    """Slices of the items, as many at once as memory allows."""
+    return chunks(items.shape[0], queries.shape[0] * queries.shape[1] * items.shape[1], queries)
 
 
 @torch.no_grad()

@@ -67,11 +67,18 @@ def build_towers(model: Model) -> Towers:
         clip = build_from_config(config | {"vision_cfg": vision}, init_logit_scale=model.logit_scale_init)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError, KeyError) as error:
         raise InputError(f"model: open_clip cannot build these towers: {first_line(error)}.") from None
+    if model.patch_dropout and not patch_dropouts(clip):
+        raise InputError("model.patch_dropout: this image tower has no patches to leave out, only a ViT has.")
     if model.freeze_patch_embedding and "timm_model_name" in vision:
         raise InputError("model.freeze_patch_embedding: only open_clip's own ViT can be trained so, not a timm tower.")
     if model.freeze_patch_embedding and isinstance(clip.visual, VisionTransformer):  # a ResNet has no patches
         clip.visual.conv1.weight.requires_grad_(False)
     return clip
+
+
+def patch_dropouts(clip: Towers) -> list[Any]:
+    """The modules of open_clip or timm that leave patches out; `prob` is the share."""
+    return [part for part in clip.visual.modules() if type(part).__name__ == "PatchDropout"]
 
 
 def build_from_config(config: dict[str, Any], **changes: Any) -> Towers:

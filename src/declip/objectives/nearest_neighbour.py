@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Batch
+from declip.model.chunks import chunks
 from declip.model.dual_encoder import Features
+from declip.objectives.cross_entropy import cross_entropy
 from declip.ranks import ALONE, Ranks
 
 EMPTY = -1
@@ -86,9 +88,11 @@ class NearestNeighbour(nn.Module):
         global_rows, global_found = ranks.gather(rows, dim=1), ranks.gather(found, dim=1)
         loss = images.new_zeros(())
         if global_found.any():
-            losses = self._losses(images, logit_scale, sample_ids, rows, global_rows, global_found, ranks)
             # Of all that were found, wherever: a rank may have found none.
-            loss = losses[:, found].sum() * ranks.count / (len(images) * global_found.sum())
+            weights = found.to(images.dtype) * ranks.count / (len(images) * global_found.sum())
+            first, images = ranks.rank * images.shape[1], logit_scale * images
+            for view in zip(rows, global_rows, global_found, weights, strict=True):
+                loss = loss + self._loss_of_view(images, sample_ids, *view, first)
         if self.training:
             ids = ranks.gather(sample_ids)
             for view in reversed(ranks.gather(texts, dim=1) if entering is None else entering.detach()):
@@ -98,33 +102,37 @@ class NearestNeighbour(nn.Module):
     @torch.no_grad()
     def _search(self, texts: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The row of the queue most like each text, and whether there is one: [texts, dim] -> int64, bool [texts]."""
-        similarity = texts @ self.queue.T
-        similarity.masked_fill_(self.queue_ids == EMPTY, float("-inf"))
-        if self.exclude_own:
-            similarity.masked_fill_(sample_ids[:, None] == self.queue_ids[None, :], float("-inf"))
-        best, rows = similarity.max(dim=-1)
-        return rows, best != float("-inf")
+        rows, found = torch.empty_like(sample_ids), torch.empty_like(sample_ids, dtype=torch.bool)
+        for part in chunks(len(texts), len(self.queue), texts):
+            similarity = texts[part] @ self.queue.T
+            similarity.masked_fill_(self.queue_ids == EMPTY, float("-inf"))
+            if self.exclude_own:
+                similarity.masked_fill_(sample_ids[part, None] == self.queue_ids, float("-inf"))
+            best, rows[part] = similarity.max(dim=-1)
+            found[part] = best != float("-inf")
+        return rows, found
 
-    def _losses(
+    def _loss_of_view(
         self,
         images: Tensor,
-        logit_scale: Tensor,
         sample_ids: Tensor,
         rows: Tensor,
         all_rows: Tensor,
         all_found: Tensor,
-        ranks: Ranks,
+        weights: Tensor,
+        first: int,
     ) -> Tensor:
-        """Each image view's cross-entropy against the neighbours of all ranks: [image views, text views, batch]."""
-        first = ranks.rank * rows.shape[1]
-        logits = logit_scale * torch.einsum("vbd,ucd->vubc", images, self.queue[all_rows])
-        if self.exclude_own:
-            own = self.queue_ids[all_rows][:, None, :] == sample_ids[None, :, None]
-            same = all_rows[:, None, :] == rows[:, :, None]
-            negative = torch.ones(rows.shape[1], all_rows.shape[1], dtype=torch.bool, device=rows.device)
-            negative.diagonal(first).fill_(False)
-            logits = logits.masked_fill((own | same | ~all_found[:, None, :]) & negative, float("-inf"))
-        return logits.logsumexp(dim=-1) - logits.diagonal(first, dim1=-2, dim2=-1)
+        """The image views' cross-entropies against one text view's neighbours of all ranks, in their weighted sum."""
+        right = torch.arange(first, first + len(rows), device=rows.device)
+
+        def hide(logits: Tensor, part: slice) -> None:
+            own = self.queue_ids[all_rows] == sample_ids[part, None]
+            hidden = (own | (all_rows == rows[part, None]) | ~all_found).scatter_(1, right[part, None], False)
+            logits.masked_fill_(hidden, float("-inf"))
+
+        neighbours, hiding = self.queue[all_rows], hide if self.exclude_own else None
+        cells = [cross_entropy(image, neighbours, right, weights, hiding) for image in images]
+        return torch.stack(cells).sum()
 
     @torch.no_grad()
     def _enqueue(self, texts: Tensor, sample_ids: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,55 +11,88 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.data.batch import Batch
+from declip.model.chunks import chunks
 from declip.model.dual_encoder import Features
+from declip.objectives.cross_entropy import no_second_derivative
+from declip.ranks import ALONE, Ranks
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """The loss and, in the same pass over chunks of texts, its gradients: no chunk's logits are kept or made twice."""
+    """The loss and, in the same pass, its gradients: no chunk's logits are kept or made twice.
+
+    With several ranks the texts go round in a ring, as in the paper (§3.3): each rank meets one other's at a time,
+    while the next are on their way. What each rank adds to their gradients follows one place behind.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk: int, first: int
-    ) -> Tensor:
-        loss = images.new_zeros(())
-        gradients = [torch.zeros_like(x) for x in (images, texts, logit_scale, logit_bias)]
-        for start in range(0, len(texts), chunk):
-            some = texts[start : start + chunk]
-            similarity = images @ some.T
-            logits = logit_scale * similarity + logit_bias
-            # -log σ(-x) = softplus(x) for the wrong texts, and -log σ(x) = softplus(x) - x for the right one
-            loss += F.softplus(logits).sum() - logits.diagonal(offset=first - start).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            slope = logits.sigmoid_()
-            slope.diagonal(offset=first - start).sub_(1)
-            gradients[0].addmm_(slope, some)
-            gradients[1][start : start + chunk] = slope.T @ images
-            gradients[2] += (slope * similarity).sum()
-            gradients[3] += slope.sum()
-        ctx.save_for_backward(logit_scale, *gradients)
-        ctx.batch = len(images)
-        return loss / len(images)
+    def forward(ctx: Any, images: Tensor, texts: Tensor, logit_bias: Tensor, ranks: Ranks, wanted: bool) -> Tensor:
+        loss, slopes = images.new_zeros(()), [torch.zeros_like(x) for x in (images, texts, logit_bias)]
+        texts, arriving = texts.contiguous(), None
+        for hop in range(ranks.count):
+            last = hop == ranks.count - 1
+            coming = None if last else ranks.pass_on(texts)
+            added = [slopes[0], torch.zeros_like(texts), slopes[2]]
+            loss += _add_block(images, texts, logit_bias, own=hop == 0, slopes=added if wanted else None)
+            if arriving is not None:
+                added[1] += arriving()
+            if ranks.count > 1 and wanted:
+                arriving = ranks.pass_on(added[1], tag=1)
+            slopes[1] = added[1]
+            texts = texts if coming is None else coming()
+        if arriving is not None:
+            slopes[1] = arriving()
+        count = images.shape[:2].numel() * len(texts)
+        ctx.save_for_backward(*(slope.div_(count) for slope in slopes))
+        return loss / count
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logit_scale, images, texts, scale, bias = ctx.saved_tensors
-        gradient = gradient / ctx.batch
-        towers = gradient * logit_scale * images, gradient * logit_scale * texts
-        return *towers, gradient * scale, gradient * bias, None, None
+        no_second_derivative()
+        images, texts, bias = ctx.saved_tensors
+        return gradient * images, gradient * texts, gradient * bias, None, None
+
+
+def _add_block(images: Tensor, texts: Tensor, logit_bias: Tensor, own: bool, slopes: list[Tensor] | None) -> Tensor:
+    """The sum of the losses of all images with all texts, a chunk at a time; adds their gradients to `slopes`.
+
+    images: [image views, batch, dim], times the scale; texts: [text views, batch, dim]; own: text i belongs to image i.
+    """
+    loss = images.new_zeros(())
+    parts = chunks(images.shape[1], texts.shape[1], images)
+    buffer = images.new_empty(parts[0].stop, texts.shape[1])
+    for view, text_view, part in itertools.product(range(len(images)), range(len(texts)), parts):
+        image, text = images[view, part], texts[text_view]
+        logits = buffer[: len(image)]
+        torch.addmm(logit_bias, image, text.T, out=logits)
+        # -log σ(-x) = softplus(x) for the wrong texts, and -log σ(x) = softplus(x) - x for the right one
+        loss += F.softplus(logits).sum()
+        right = logits.diagonal(part.start)
+        if own:
+            loss -= right.sum()
+        if slopes is not None:
+            logits.sigmoid_()
+            if own:
+                right.sub_(1)
+            slopes[0][view, part].addmm_(logits, text)
+            slopes[1][text_view].addmm_(logits.T, image)
+            slopes[2] += logits.sum()
+    return loss
 
 
 def sigmoid_loss(
-    images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk: int = 4096, first: int = 0
+    images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor, ranks: Ranks = ALONE
 ) -> Tensor:
     """-1/batch · Σ_ij log σ(z_ij (s · I_i T_jᵀ + b)), with z_ij = 1 where i = j and -1 elsewhere (SigLIP, eq. 1).
 
-    images, texts: [batch, dim], normalised. Published start: s = 10, b = -10.
-    chunk: as many texts at once: memory goes with batch × chunk and not with batch². The value is the same.
-    first: where the texts are those of a larger batch [all, dim] (that of all processes), the text of the first image.
+    images, texts: [batch, dim], normalised, or [views, batch, dim]: then the mean over all pairs of views, each a
+        matrix of its own. Published start: s = 10, b = -10.
+    ranks: these are one rank's rows of a larger batch, whose loss is the mean of the ranks'.
+
+    Memory goes with batch and not with batch² (`model/chunks.py`). There is no second derivative.
     """
-    with torch.autocast(images.device.type, enabled=False):  # its own gradients need one precision throughout
-        loss: Tensor = _SigmoidLoss.apply(images, texts.to(images.dtype), logit_scale, logit_bias, chunk, first)
+    images, texts = (x if x.ndim == 3 else x[None] for x in (images, texts))
+    wanted = torch.is_grad_enabled()
+    loss: Tensor = _SigmoidLoss.apply(logit_scale * images, texts, logit_bias, ranks, wanted)
     return loss
 
 
@@ -75,12 +109,5 @@ class Sigmoid(nn.Module):
     def forward(self, features: Features, batch: Batch) -> Tensor:
         if features.logit_bias is None:
             raise ValueError("the sigmoid term needs a logit bias")
-        scale, bias = features.logit_scale, features.logit_bias
-        # This rank's images against the texts of all ranks: every pair of the global batch is looked at once.
-        first = features.ranks.rank * features.image.shape[1]
-        cells = [
-            sigmoid_loss(image, text, scale, bias, first=first)
-            for image in features.unit_image[: self.images]
-            for text in features.global_texts(self.texts)
-        ]
-        return torch.stack(cells).mean()
+        images, texts = features.unit_image[: self.images], features.unit_texts(self.texts)
+        return sigmoid_loss(images, texts, features.logit_scale, features.logit_bias, features.ranks)

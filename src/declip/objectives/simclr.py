@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
 from declip.model.heads import ContrastiveHead
+from declip.objectives.cross_entropy import cross_entropy
 from declip.ranks import ALONE, Ranks
 
 
@@ -29,16 +30,18 @@ def nt_xent(
     candidates: both views of a larger batch, [all, dim] each, in which the anchors' images stand from row `first` on
         (the batches of all processes); by default the anchors themselves.
 
-    Two matrices are multiplied; the reference's broadcast needs dim times the memory.
+    Memory goes with batch and not with batch²: see `cross_entropy.py`.
     """
     batch = len(z1)
     anchors = F.normalize(torch.cat([z1, z2]), dim=-1)
     others = anchors if candidates is None else F.normalize(torch.cat(candidates), dim=-1)
-    logits = anchors @ others.T / temperature
     rows = torch.arange(first, first + batch, device=z1.device)
     own = torch.cat([rows, rows + len(others) // 2])
-    logits = logits.scatter(1, own[:, None], float("-inf"))
-    return F.cross_entropy(logits, own.roll(batch))
+
+    def hide(logits: Tensor, part: slice) -> None:
+        logits.scatter_(1, own[part, None], float("-inf"))
+
+    return cross_entropy(anchors / temperature, others, own.roll(batch), hide=hide)
 
 
 class SimCLR(nn.Module):

@@ -148,6 +148,9 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         rate = run.rate_factor * learning_rate(run.step, run.steps, recipe)
         for group in run.optimizer.param_groups:
             group["lr"] = rate * (group["peak"] / recipe.optimizer.lr)
+        if recipe.model.unmasked_end:
+            unmasked = run.step >= run.steps * (1 - recipe.model.unmasked_end)
+            model.leave_out_patches(0.0 if unmasked else recipe.model.patch_dropout)
         batch = finish_views(batch.to(run.device))
         run.guard.before_forward()
         loss, terms = step(batch)

@@ -1,0 +1,14 @@
+"""How much of a large matrix exists at once."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of similarities that exist at once; larger chunks are no faster
+
+
+def chunks(count: int, numbers: int, like: Tensor) -> list[slice]:
+    """Slices of `count` items, each with at most CHUNK_BYTES of `numbers` numbers an item, in the type of `like`."""
+    limit = CHUNK_BYTES.get(like.device.type, CHUNK_BYTES["cpu"])
+    step = max(1, limit // max(numbers * like.element_size(), 1))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
