@@ -234,6 +234,13 @@ def test_mfu(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for row in rows:
         assert row["mfu"] == pytest.approx(row["samples_per_second"] * pair_flops(recipe, lengths[0]) / 1e7, rel=0.01)
 
+    with_dropout = tiny("clip", "model.patch_dropout=0.5", "model.unmasked_end=0.25")
+    rows = steps_of(with_dropout, tmp_path / "dropout")
+    counted = [row["mfu"] * 1e7 / row["samples_per_second"] for row in rows]
+    assert counted[:6] == [pytest.approx(pair_flops(with_dropout, lengths[0]), rel=0.01)] * 6
+    assert counted[6:] == [pytest.approx(pair_flops(recipe, lengths[0]), rel=0.01)] * 2
+    assert counted[0] < 0.9 * counted[-1]
+
     def asks_for_numbers(*_: Any) -> float:
         raise RuntimeError
 

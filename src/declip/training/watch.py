@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -15,6 +14,7 @@ from declip.data.apart import text_hash
 from declip.data.batch import Batch
 from declip.data.decoded import Images
 from declip.model.dual_encoder import DualEncoder, Features
+from declip.model.towers import patch_dropouts
 from declip.objectives.nearest_neighbour import NearestNeighbour, mean_age
 from declip.objectives.objective import Objective
 from declip.ranks import Ranks
@@ -66,7 +66,9 @@ class Watch:
         self.norms: dict[str, Tensor] = {}
         self.accuracy: Tensor | None = None
         self.ring: tuple[Tensor, Tensor, Tensor] | None = None  # pointer and ids of the queue, ids of the batch
-        self.peak, self.flops = _peak(recipe, device), math.nan  # FLOPs of a pair, once counted
+        self.peak = _peak(recipe, device)
+        self.dropouts = patch_dropouts(model.clip)
+        self.flops: dict[float, float | None] = {}  # of a pair, by the share of patches left out, once counted
         objective.register_forward_pre_hook(self._look)
 
     def batches(self, loader: Iterable[Batch]) -> Iterator[Batch]:
@@ -149,12 +151,15 @@ class Watch:
         return round(sum(matches) / len(matches), 4) if matches else None
 
     def _mfu(self, speed: float, peak: float) -> float | None:
-        if math.isnan(self.flops):
+        left_out = max((dropout.prob for dropout in self.dropouts), default=0.0)
+        if left_out not in self.flops:
+            model = self.recipe.model.model_copy(update={"patch_dropout": left_out})
             try:
-                self.flops = pair_flops(self.recipe, self.tokens)
+                self.flops[left_out] = pair_flops(self.recipe.model_copy(update={"model": model}), self.tokens)
             except Exception:  # of any library's tower that asks for numbers which a tensor without data does not have
-                self.flops = 0.0
-        return round(speed / self.ranks.count * self.flops / peak, 4) if self.flops else None
+                self.flops[left_out] = None
+        flops = self.flops[left_out]
+        return None if flops is None else round(speed / self.ranks.count * flops / peak, 4)
 
 
 @torch.no_grad()
