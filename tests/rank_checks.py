@@ -11,12 +11,14 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 from conftest import TERMS, TINY
+from made import batch, features
 from torch import nn
 
 from declip.data.decoded import open_images
@@ -24,6 +26,7 @@ from declip.data.loader import BatchMaker
 from declip.data.sources import open_sources
 from declip.errors import InputError, Preempted, RankLost
 from declip.model.dual_encoder import DualEncoder
+from declip.objectives.nearest_neighbour import NearestNeighbour
 from declip.objectives.objective import build_objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe, load_recipe
@@ -146,6 +149,7 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
         for name in METHODS:
             torch.save(steps_of(recipe_of(folder, name), ranks), folder / f"{name} {rank} of {count}.pt")
         torch.save(norms(ranks), folder / f"norms {rank}.pt")
+        torch.save(queues(ranks), folder / f"queues {rank}.pt")
         try:
             _compare_recipes(recipe_of(folder, "clip", f"seed={rank}"), ranks)
         except InputError as error:
@@ -162,11 +166,20 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
         summary = loop.train(run_recipe(folder, *rolled_back), folder / "rolled back", quiet=True)
     (folder / f"rolled back {rank}.json").write_text(json.dumps(summary))
 
+    apart = "terms.nearest_neighbour.queue_per_rank=true"
     as_rank(rank, count, ports[3])
+    loop.train(run_recipe(folder, apart), folder / "apart", quiet=True)
+    as_rank(rank, count, ports[4])
+    with contextlib.suppress(KeyboardInterrupt), signal_at(3, signal.SIGINT if rank == 0 else None):
+        loop.train(run_recipe(folder, apart), folder / "apart, resumed", quiet=True)
+    as_rank(rank, count, ports[5])
+    loop.train(run_recipe(folder, apart), folder / "apart, resumed", resume=True, quiet=True)
+
+    as_rank(rank, count, ports[6])
     (folder / f"estimate {rank}.json").write_text(json.dumps(estimate(run_recipe(folder), price=3.0)))
 
     ends = (("stopped", 3, signal.SIGINT), ("preempted", 3, signal.SIGTERM), ("killed", 6, signal.SIGKILL))
-    for port, (name, step, number) in enumerate(ends, 4):
+    for port, (name, step, number) in enumerate(ends, 7):
         as_rank(rank, count, ports[port])
         try:
             with signal_at(step, number if rank == 1 else None):
@@ -180,6 +193,22 @@ def run_recipe(folder: Path, *more: str) -> Recipe:
     # AdamW makes a lot of what is nothing but rounding. Nothing is decoded in advance: a broken pair is met on the way.
     options = ["optimizer.kind=sgd", "optimizer.lr=0.05", "data.cache_gb=0", "data.broken_limit=0.1"]
     return recipe_of(folder, "declip", *options, *more)
+
+
+def queues(ranks: Ranks) -> list[float]:
+    """The nearest-neighbour loss of a few steps, each rank with a queue of its own."""
+    term, losses = NearestNeighbour(8, 9, 2, ["caption"], per_rank=True), []
+    for step in range(6):
+        made, samples = features(batch=6, seed=step), batch(samples_of(step))
+        part = slice(3 * ranks.rank, 3 * ranks.rank + 3)
+        own = replace(made, image=made.image[:, part], text={"caption": made.text["caption"][part]}, ranks=ranks)
+        losses.append(float(term(own, replace(samples, sample_ids=samples.sample_ids[part])).detach()))
+    return losses
+
+
+def samples_of(step: int) -> list[int]:
+    """Few samples that come back again and again."""
+    return torch.randperm(8, generator=torch.Generator().manual_seed(step))[:6].tolist()
 
 
 def norms(ranks: Ranks) -> dict[str, Any]:

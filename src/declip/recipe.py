@@ -169,6 +169,10 @@ class Recipe(Section):
             raise ValueError("the recipe has no term with a weight above zero: give it terms.contrastive")
         if "sigmoid" in active and self.model.logit_bias_init is None:
             raise ValueError("terms.sigmoid needs a bias: set model.logit_bias_init (SigLIP starts at -10)")
+        if self.engine.compile and (self.engine.micro_batch or self.engine.grad_checkpointing):
+            raise ValueError(
+                "engine.compile does not go with engine.micro_batch or engine.grad_checkpointing: leave it"
+            )
         if self.model.unmasked_end and not self.model.patch_dropout:
             raise ValueError("model.unmasked_end ends model.patch_dropout, which is 0: set that too")
         return self

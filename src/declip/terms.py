@@ -108,6 +108,9 @@ class NearestNeighbour(Section):
     exclude_own: bool = Field(
         True, description="a sample never finds itself or its own other captions (the code does not exclude them)"
     )
+    queue_per_rank: bool = Field(
+        False, description="with several ranks, each has a queue of its own texts alone, as in the code"
+    )
     random_start: bool = Field(
         False, description="fill the queue with random directions and search them at once, as the code does"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -17,7 +18,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import TERMS, TINY, pair, write_pairs
-from rank_checks import FOUR, METHODS, four_ranks, made_norm, recipe_of, run_recipe, spawn, steps_of, two_ranks
+from made import cosine, features
+from rank_checks import (
+    FOUR,
+    METHODS,
+    four_ranks,
+    made_norm,
+    recipe_of,
+    run_recipe,
+    samples_of,
+    spawn,
+    steps_of,
+    two_ranks,
+)
 from safetensors.torch import load_file
 
 from declip.errors import InputError
@@ -36,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [pair(number) for number in range(40)]
     rows[7]["image"] = b"no image"
     write_pairs(folder / "pairs.parquet", rows)
-    context = spawn(two_ranks, folder, 2, meetings=7)
+    context = spawn(two_ranks, folder, 2, meetings=10)
     for process in context.processes:
         process.join(120)
     codes = [process.exitcode for process in context.processes]
@@ -94,6 +107,30 @@ def test_batch_norm_over_all_ranks(folder: Path) -> None:
             norm.train()
 
 
+def test_a_queue_of_each_rank(folder: Path) -> None:
+    """Each text's neighbour is in its own rank's queue; each image meets the neighbours of all ranks."""
+    found = [torch.load(folder / f"queues {rank}.pt") for rank in range(2)]
+    queues: list[list[tuple[int, int, torch.Tensor]]] = [[], []]  # of each rank: its place, the sample, the text
+    for step in range(6):
+        made, samples = features(batch=6, seed=step), samples_of(step)
+        texts = torch.nn.functional.normalize(made.text["caption"].detach(), dim=-1)
+        if queues[0]:
+            nearest = []
+            for row, sample in enumerate(samples):
+                others = [entry for entry in queues[row // 3] if entry[1] != sample]
+                nearest.append((row // 3, *max(others, key=lambda entry: float(entry[2] @ texts[row]))))
+            losses = []
+            for image in made.image.detach():
+                for row, sample in enumerate(samples):
+                    others = [it for it in nearest if it[2] != sample and it[:2] != nearest[row][:2]]
+                    logits = [7.0 * cosine(image[row], it[3]) for it in (nearest[row], *others)]
+                    losses.append(math.log(sum(math.exp(logit) for logit in logits)) - logits[0])
+            assert (found[0][step] + found[1][step]) / 2 == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        for rank, queue in enumerate(queues):
+            new = [(3 * step + i, samples[3 * rank + i], texts[3 * rank + i]) for i in range(3)]
+            queue[:] = [*queue, *new][-9:]
+
+
 # Runs
 
 
@@ -129,6 +166,16 @@ def test_a_run_of_two_ranks_is_the_run_of_one(folder: Path, one_process: Path) -
     assert said[1] == ""
     assert said[0].count("skipped: ") == 1
     assert summaries[0]["held_out_score"] > 0
+
+
+def test_queues_of_each_rank_are_resumed(folder: Path) -> None:
+    states = [torch.load(checkpoints(folder / name)[0], weights_only=True) for name in ("apart", "apart, resumed")]
+    for name, parts in states[0]["apart"].items():
+        assert len(parts) == 2
+        for part, same in zip(parts, states[1]["apart"][name], strict=True):
+            torch.testing.assert_close(part, same, rtol=0, atol=0)
+    assert not torch.equal(*states[0]["apart"]["queue"])
+    assert_same_end(folder / "apart", folder / "apart, resumed")
 
 
 def test_ranks_go_back_together(folder: Path, one_process: Path) -> None:

@@ -98,6 +98,11 @@ def test_batch_norm_in_a_tower_is_no_surprise(folder: Path) -> None:
         DualEncoder(recipe_of(folder, "clip", *RESNET, "engine.micro_batch=3"))
 
 
+def test_compiling_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"engine\.compile does not go with engine\.micro_batch"):
+        recipe_of(folder, "clip", "engine.compile=true", "engine.micro_batch=3")
+
+
 def test_a_timm_tower_with_batch_norm_is_refused(folder: Path) -> None:
     tower = ["model.image.timm_model_name=resnet18", "model.image.image_size=32", "model.image.timm_proj=linear"]
     with pytest.raises(InputError, match="would count each batch twice"):

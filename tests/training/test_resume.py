@@ -173,7 +173,7 @@ def test_a_loader_process_that_is_killed(
         assert main(["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("declip: ")]
     assert len(said) == 1
-    assert re.search(r"A loader process has died: .* The run is saved at step \d+ of 8\. .* --resume", said[0])
+    assert re.search(r"A loader process has died: .* At step \d+ of 8 of the run: saved\. .* --resume", said[0])
     train(recipe, tmp_path / "run", resume=True)
     assert_same_end(tmp_path / "run", tmp_path / "undisturbed")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of similarities that exist at once; larger chunks are no faster
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}  # of similarities that exist at once; on a CPU, larger ones are no faster
 
 
 def chunks(count: int, numbers: int, like: Tensor) -> list[slice]:

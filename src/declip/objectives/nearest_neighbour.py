@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,18 @@ from declip.ranks import ALONE, Ranks
 EMPTY = -1
 
 
+class Neighbours(NamedTuple):
+    """What was found for each text: [..., dim], int64 [...], int64 [...], bool [...].
+
+    embeddings; ids: the samples they came from; places: equal where they are one and the same; found: whether any was
+    """
+
+    embeddings: Tensor
+    ids: Tensor
+    places: Tensor
+    found: Tensor
+
+
 class NearestNeighbour(nn.Module):
     """InfoNCE of each image view against the queue entry most like its own text, image -> text only.
 
@@ -29,11 +42,10 @@ class NearestNeighbour(nn.Module):
     enqueue: the text views that enter the ring, where not those whose neighbours are sought
     exclude_own: entries of the same sample are no neighbours, and a neighbour that belongs to the image's own sample,
         or is its own positive again, is no negative. Small sets are full of both; the reference excludes neither.
-    With several ranks the ring is one and the same on all: each searches it for its own texts, and the texts of all
-    enter it.
-
     random_start: the ring starts full of random directions, as in the reference; otherwise the term is 0 until there
         is something to find.
+    per_rank: with several ranks, each has a ring of its own, which its own texts enter, as in the reference; otherwise
+        the ring is one and the same on all: each searches it for its own texts, and the texts of all enter it.
     """
 
     queue: Tensor
@@ -49,8 +61,11 @@ class NearestNeighbour(nn.Module):
         exclude_own: bool = True,
         random_start: bool = False,
         enqueue: Sequence[str] | None = None,
+        per_rank: bool = False,
     ) -> None:
         super().__init__()
+        self.per_rank = per_rank
+        self.own_buffers = ("queue", "queue_ids", "pointer") if per_rank else ()  # that differ from rank to rank
         self.enqueue = tuple(texts if enqueue is None else enqueue)
         self.images, self.texts, self.exclude_own = images, tuple(texts), exclude_own
         start = F.normalize(torch.randn(queue_size, dim), dim=-1) if random_start else torch.zeros(queue_size, dim)
@@ -62,7 +77,9 @@ class NearestNeighbour(nn.Module):
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
         images, texts = features.unit_image[: self.images], features.unit_texts(self.texts)
-        entering = features.global_texts(self.enqueue) if self.training else None
+        entering = None
+        if self.training:
+            entering = (features.unit_texts if self.per_rank else features.global_texts)(self.enqueue)
         return self.loss(images, texts, features.logit_scale, batch.sample_ids, entering, features.ranks)
 
     def loss(
@@ -77,27 +94,36 @@ class NearestNeighbour(nn.Module):
         """On tensors alone: the mean over image views v and text views u of CE(s · I_v N(T_u)ᵀ), N the neighbours.
 
         images: [image views, batch, dim] and texts: [text views, batch, dim], both normalised; sample_ids: int64
-        [batch], which sample each row is; entering: [views, batch of all ranks, dim], the texts that enter the ring, by
-        default `texts`. Outside of training nothing enters.
+        [batch], which sample each row is; entering: [views, batch, dim], the texts that enter the ring, of all ranks
+        where it is one for all, by default `texts`. Outside of training nothing enters.
         """
         texts = texts.detach()
         rows, found = self._search(texts.flatten(0, 1), sample_ids.repeat(len(texts)))
         rows, found = (torch.unflatten(x, 0, (len(texts), -1)) for x in (rows, found))
         self.found = rows, found
-        # The ring is the same everywhere, so ranks tell one another places in it instead of embeddings.
-        global_rows, global_found = ranks.gather(rows, dim=1), ranks.gather(found, dim=1)
-        loss = images.new_zeros(())
-        if global_found.any():
-            # Of all that were found, wherever: a rank may have found none.
-            weights = found.to(images.dtype) * ranks.count / (len(images) * global_found.sum())
-            first, images = ranks.rank * images.shape[1], logit_scale * images
-            for view in zip(rows, global_rows, global_found, weights, strict=True):
-                loss = loss + self._loss_of_view(images, sample_ids, *view, first)
+        found_by_all = self._of_all_ranks(rows, found, ranks)
+        # Of all that were found, wherever: a rank may have found none.
+        weights = found.to(images.dtype) * ranks.count / (len(images) * found_by_all.found.sum().clamp(min=1))
+        first, images = ranks.rank * images.shape[1], logit_scale * images
+        losses = [
+            self._loss_of_view(images, sample_ids, Neighbours(*view), own_weights, first)
+            for *view, own_weights in zip(*found_by_all, weights, strict=True)
+        ]
         if self.training:
-            ids = ranks.gather(sample_ids)
-            for view in reversed(ranks.gather(texts, dim=1) if entering is None else entering.detach()):
+            shared = ALONE if self.per_rank else ranks
+            ids = shared.gather(sample_ids)
+            for view in reversed(shared.gather(texts, dim=1) if entering is None else entering.detach()):
                 self._enqueue(view, ids)
-        return loss
+        return torch.stack(losses).sum()
+
+    def _of_all_ranks(self, rows: Tensor, found: Tensor, ranks: Ranks) -> Neighbours:
+        """The neighbours that all ranks have found, from the rows of this rank's queue: [text views, all] each."""
+        if not self.per_rank:  # the ring is the same everywhere, so places in it are sent instead of embeddings
+            rows = ranks.gather(rows, dim=1)
+            return Neighbours(self.queue[rows], self.queue_ids[rows], rows, ranks.gather(found, dim=1))
+        places = rows + ranks.rank * len(self.queue)
+        own = Neighbours(self.queue[rows], self.queue_ids[rows], places, found)
+        return Neighbours(*(ranks.gather(part, dim=1) for part in own))
 
     @torch.no_grad()
     def _search(self, texts: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,31 +142,33 @@ class NearestNeighbour(nn.Module):
         self,
         images: Tensor,
         sample_ids: Tensor,
-        rows: Tensor,
-        all_rows: Tensor,
-        all_found: Tensor,
+        neighbours: Neighbours,
         weights: Tensor,
         first: int,
     ) -> Tensor:
         """The image views' cross-entropies against one text view's neighbours of all ranks, in their weighted sum."""
-        right = torch.arange(first, first + len(rows), device=rows.device)
+        right = torch.arange(first, first + len(sample_ids), device=sample_ids.device)
 
         def hide(logits: Tensor, part: slice) -> None:
-            own = self.queue_ids[all_rows] == sample_ids[part, None]
-            hidden = (own | (all_rows == rows[part, None]) | ~all_found).scatter_(1, right[part, None], False)
+            own = neighbours.ids == sample_ids[part, None]
+            same = neighbours.places == neighbours.places[right[part], None]
+            hidden = (own | same | ~neighbours.found).scatter_(1, right[part, None], False)
             logits.masked_fill_(hidden, float("-inf"))
 
-        neighbours, hiding = self.queue[all_rows], hide if self.exclude_own else None
-        cells = [cross_entropy(image, neighbours, right, weights, hiding) for image in images]
+        hiding = hide if self.exclude_own else None
+        cells = [cross_entropy(image, neighbours.embeddings, right, weights, hiding) for image in images]
         return torch.stack(cells).sum()
 
     @torch.no_grad()
     def _enqueue(self, texts: Tensor, sample_ids: Tensor) -> None:
-        start, size = int(self.pointer), self.queue.shape[0]
-        end = min(start + texts.shape[0], size)
-        self.queue[start:end] = texts[: end - start].to(self.queue.dtype)
-        self.queue_ids[start:end] = sample_ids[: end - start]
-        self.pointer.fill_(end % size)
+        size = len(self.queue)
+        texts, sample_ids = texts[:size].to(self.queue.dtype), sample_ids[:size]
+        places = self.pointer + torch.arange(len(texts), device=texts.device)
+        # What passes the end stays as it was: nobody has to wait here for where the pointer stands.
+        fits, places = places < size, places % size
+        self.queue[places] = torch.where(fits[:, None], texts, self.queue[places])
+        self.queue_ids[places] = torch.where(fits, sample_ids, self.queue_ids[places])
+        self.pointer.copy_((self.pointer + len(texts)).clamp(max=size) % size)
 
 
 def mean_age(pointer: int, size: int, full: bool, batch: int, views: int) -> float | None:

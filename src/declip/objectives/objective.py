@@ -78,5 +78,7 @@ def _build_term(name: str, recipe: Recipe, model: DualEncoder, used_tokens: Tens
             return MaskedLanguage(model.text.width, vocabulary, used_tokens if options.vocabulary == "used" else None)
         case "nearest_neighbour":
             queue = options.queue_size, options.images, options.texts
-            return NearestNeighbour(model.dim, *queue, options.exclude_own, options.random_start, options.enqueue)
+            return NearestNeighbour(
+                model.dim, *queue, options.exclude_own, options.random_start, options.enqueue, options.queue_per_rank
+            )
     raise ValueError(f"there is no term {name!r}")

@@ -151,6 +151,14 @@ def broadcast(value: Any_, ranks: Ranks) -> Any_:
     return box[0]
 
 
+def collect(own: Tensor, ranks: Ranks) -> list[Tensor]:
+    """The tensors of all ranks, of equal shape, on rank 0's host; nothing on the others."""
+    own = own.cpu()
+    parts = [torch.empty_like(own) for _ in range(ranks.count)] if ranks.rank == 0 else []
+    dist.gather(own, parts or None)
+    return parts
+
+
 def share_gradients(step: nn.Module, ranks: Ranks) -> nn.Module:
     """The module in DistributedDataParallel, which averages the ranks' gradients while they are computed."""
     if ranks.count == 1:
@@ -159,6 +167,9 @@ def share_gradients(step: nn.Module, ranks: Ranks) -> nn.Module:
     # DDP finds them once. Buffers are the same on all ranks, or each rank's own.
     # Convolutions give gradients in another order of dimensions, which DDP copies; it says so for 1 × 1 kernels.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    # Buffers of a rank's own would all start as rank 0's.
+    own = [f"{name}.{buffer}" for name, part in step.named_modules() for buffer in getattr(part, "own_buffers", ())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(step, own)  # type: ignore[no-untyped-call]
     names = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in names)  # it was renamed
     options: dict[str, Any] = {"gradient_as_bucket_view": True, "static_graph": True, buffers: False}

@@ -113,8 +113,9 @@ def _go_to_the_end(run: Run, log: RunLog, interrupts: Interrupts) -> None:
             run.roll_back(str(divergence), log)
         except (KeyboardInterrupt, Preempted, RunStopped) as error:
             interrupts.settle()
-            # The state in the middle of a step could not be resumed exactly.
-            saved = "the last checkpoint is kept" if interrupts.late else run.save_at_once()
+            # The state in the middle of a step could not be resumed exactly, and one rank alone cannot gather it.
+            kept = interrupts.late or (isinstance(error, RunStopped) and run.ranks.count > 1)
+            saved = "the last checkpoint is kept" if kept else run.save_at_once()
             where = f"step {run.step} of {run.steps}"
             if isinstance(error, KeyboardInterrupt | Preempted) and not interrupts.late:
                 part(run.ranks)
@@ -124,7 +125,7 @@ def _go_to_the_end(run: Run, log: RunLog, interrupts: Interrupts) -> None:
             # A loader process that SIGTERM reached too has not died of anything else.
             if isinstance(error, Preempted) or interrupts.preempted:
                 raise Preempted(f"Stopped by SIGTERM at {where}; {saved}. {going_on}") from None
-            raise RunStopped(f"{error} The run is {saved} at {where}. {going_on}") from None
+            raise RunStopped(f"{error} At {where} of the run: {saved}. {going_on}") from None
 
 
 def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:

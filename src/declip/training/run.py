@@ -24,7 +24,7 @@ from declip.objectives.objective import Objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.checkpoint import FORMAT, HEADS_BEST, WEIGHTS_BEST, checkpoints, read_newest, step_of
-from declip.training.distributed import Broken, broadcast
+from declip.training.distributed import Broken, broadcast, collect
 from declip.training.guard import Guard
 from declip.training.heads import heads_of
 from declip.training.held_out import HeldOut
@@ -152,18 +152,27 @@ class Run:
         return "saved"
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs. The weights' moving average and the gradient scaler belong here too."""
+        """What a resumed run needs, whole on rank 0; all ranks have to ask for it.
+
+        The weights' moving average and the gradient scaler belong here too.
+        """
         return {
             "format": FORMAT,
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
+            "apart": {name: collect(own, self.ranks) for name, own in self._apart().items()},
             "optimizer": self.optimizer.state_dict(),
             "guard": self.guard.state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "progress": {name: getattr(self, name) for name in self._PROGRESS},
         }
+
+    def _apart(self) -> dict[str, Tensor]:
+        """Buffers of which each rank has its own."""
+        parts = self.objective.modules() if self.ranks.count > 1 else []
+        return {name: getattr(part, name) for part in parts for name in getattr(part, "own_buffers", ())}
 
     def read(self, before: int | None = None) -> None:
         """Take up the newest intact checkpoint, on every rank the one that rank 0 finds.
@@ -179,6 +188,9 @@ class Run:
         """Take up what `state` gave."""
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
+        for name, own in self._apart().items():
+            parts = state["apart"].get(name) or [own]  # of one process there is one queue, which all take
+            own.copy_(parts[self.ranks.rank % len(parts)])
         peaks = [group["peak"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):

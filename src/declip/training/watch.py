@@ -130,7 +130,8 @@ class Watch:
             row["contrastive_accuracy"] = round(float(self.accuracy), 4)
         if self.neighbours is not None and self.ring is not None:
             pointer, queue_ids, sample_ids = self.ring
-            batch, views = self.recipe.schedule.batch_size, len(self.neighbours.enqueue)
+            ranks = self.ranks.count if self.neighbours.per_rank else 1
+            batch, views = self.recipe.schedule.batch_size // ranks, len(self.neighbours.enqueue)
             row["queue_age"] = mean_age(int(pointer), len(queue_ids), bool(queue_ids[-1] >= 0), batch, views)
             if self.images.kept is not None and self.neighbours.found is not None:
                 rows, found = (part[0, :LOOKED_UP] for part in self.neighbours.found)
