@@ -11,7 +11,8 @@ import torch
 
 from declip.model.dual_encoder import DualEncoder
 from declip.objectives.objective import build_objective
-from declip.recipe import Optimizer, Recipe, parse_recipe
+from declip.optimization import Optimizer
+from declip.recipe import Recipe, parse_recipe
 from declip.training.optimizer import build_optimizer, learning_rate, parameter_groups
 
 MakeRecipe = Callable[..., Recipe]
