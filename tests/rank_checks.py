@@ -133,7 +133,7 @@ def four_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
 
 
 def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
-    """Every method; a whole run; one that goes back; ones that are stopped; last one in which rank 1 is killed."""
+    """Every method; a whole run; ones that go back, are prolonged, are stopped; last one in which rank 1 is killed."""
     torch.set_num_threads(1)
     loop.LOG_SECONDS = 0.0
     as_rank(rank, count, ports[0])
@@ -157,8 +157,12 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
         summary = loop.train(run_recipe(folder, *rolled_back), folder / "rolled back", quiet=True)
     (folder / f"rolled back {rank}.json").write_text(json.dumps(summary))
 
+    for port, length in ((3, 64), (4, 88)):
+        as_rank(rank, count, ports[port])
+        loop.train(prolonged_recipe(folder, length), folder / "prolonged", resume=length > 64, quiet=True)
+
     ends = (("stopped", 3, signal.SIGINT), ("preempted", 3, signal.SIGTERM), ("killed", 6, signal.SIGKILL))
-    for port, (name, step, number) in enumerate(ends, 3):
+    for port, (name, step, number) in enumerate(ends, 5):
         as_rank(rank, count, ports[port])
         try:
             with signal_at(step, number if rank == 1 else None):
@@ -171,7 +175,12 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
 def run_recipe(folder: Path, *more: str) -> Recipe:
     # AdamW makes a lot of what is nothing but rounding. Nothing is decoded in advance: a broken pair is met on the way.
     options = ["optimizer.kind=sgd", "optimizer.lr=0.05", "data.cache_gb=0", "data.broken_limit=0.1"]
-    return recipe_of(folder, "declip", *options, *more)
+    return recipe_of(folder, "declip", *options, "optimizer.ema=0.5", *more)
+
+
+def prolonged_recipe(folder: Path, pairs: int) -> Recipe:
+    constant = ["schedule.shape=constant", "schedule.warmup_pairs=16", "schedule.cooldown=0.25", "evaluation.every=1"]
+    return run_recipe(folder, *constant, f"schedule.pairs_seen={pairs}")
 
 
 def norms(ranks: Ranks) -> dict[str, Any]:

@@ -15,8 +15,8 @@ class Optimizer(Section):
     lr_batch: int = Field(
         0,
         ge=0,
-        description="the batch that all rates are meant for: with another schedule.batch_size they are scaled "
-        "(docs/methods.md says how); 0 = never",
+        description="the batch that all rates are meant for: with a smaller schedule.batch_size they are lowered, by "
+        "the root of the ratio (sgd: the ratio), with a larger one they stay; 0 = never",
     )
     image_lr: float | None = Field(
         None, ge=0, description="peak learning rate of the image tower; 0 keeps its weights; not set: lr"
@@ -70,8 +70,8 @@ class Schedule(Section):
         None,
         ge=0,
         le=1,
-        description="with shape = constant, share of the steps in which the learning rate falls at the end, as 1 - sqrt; "
-        "0 = never; not set: 0.2",
+        description="with shape = constant, share of the steps in which the learning rate falls at the end, as "
+        "1 - sqrt; 0 = never; not set: 0.2",
     )
     start_lr: float | None = Field(
         None,

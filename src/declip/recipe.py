@@ -323,6 +323,6 @@ def _sentence(error: ValidationError, where: str) -> str:
         near = difflib.get_close_matches(path, field_paths(), n=1, cutoff=0.0)
         return f"{where}: there is no field {path}; the nearest is {near[0]}."
     message = first["msg"].removeprefix("Value error, ")
-    if not path:
-        return f"{where}: {message}."
+    if isinstance(first["input"], dict | BaseModel):
+        return f"{where}: {path}: {message}." if path else f"{where}: {message}."
     return f"{where}: {path} = {first['input']!r} is wrong: {message[0].lower()}{message[1:]}."

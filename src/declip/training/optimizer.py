@@ -20,9 +20,6 @@ EMBEDDINGS = (
 )
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 LOGIT_SCALES = ("logit_scale", "logit_bias")
-# In pairs. CLIP-like models are trained at much the same rate whether a step has 4,096 pairs (DeCLIP: 1e-3; DataComp: 5e-4)
-# or 32,768 (CLIP: 5e-4), so it lies well below that.
-NOISE_SCALE = 1024
 
 
 def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[str, Any]]:
@@ -100,17 +97,14 @@ def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim
 
 
 def batch_factor(recipe: Recipe) -> float:
-    """What all learning rates are multiplied with because the batch B is not lr_batch, the one that they are meant for.
+    """What all rates are multiplied with because a step has fewer pairs than lr_batch, which they are meant for.
 
-    For AdamW the square root of (1 + N / lr_batch) / (1 + N / B), for SGD the same without the root, with the noise
-    scale N = NOISE_SCALE: below N the rates go with the batch or its root, far above it they stay. For SGD that is
-    McCandlish et al., 2018 (arXiv 1812.06162, eq. 2.6); the root is that of steps of Adam's kind below N (Li et al., 2024,
-    arXiv 2405.14578), whose fall above it is left out.
+    The root of the batches' ratio for AdamW, the ratio itself for SGD: the noise of the steps of an epoch stays the same
+    (Malladi et al., 2022, arXiv 2205.10287; Goyal et al., 2017, arXiv 1706.02677). With more pairs rates stay, for what
+    limits them then is not the noise (McCandlish et al., 2018, arXiv 1812.06162).
     """
-    options, batch = recipe.optimizer, recipe.schedule.batch_size
-    if not options.lr_batch:
-        return 1.0
-    ratio = (1 + NOISE_SCALE / options.lr_batch) / (1 + NOISE_SCALE / batch)
+    options = recipe.optimizer
+    ratio = min(1.0, recipe.schedule.batch_size / options.lr_batch) if options.lr_batch else 1.0
     return ratio if options.kind == "sgd" else math.sqrt(ratio)
 
 
@@ -155,8 +149,8 @@ def check_schedule(steps: int, recipe: Recipe) -> None:
     warmup, left = warmup_steps(steps, recipe), steps - round(recipe.schedule.cooldown_share * steps)
     if recipe.schedule.warmup_pairs is not None and 1 < warmup > left:
         raise InputError(
-            f"schedule.warmup_pairs = {recipe.schedule.warmup_pairs} are {warmup} steps, and a run of {steps} steps has "
-            f"{left} before its cool-down: lower it, or train for longer."
+            f"schedule.warmup_pairs = {recipe.schedule.warmup_pairs} are {warmup} steps, and a run of {steps} steps "
+            f"has {left} before its cool-down: lower it, or train for longer."
         )
 
 
