@@ -99,9 +99,9 @@ def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim
 def batch_factor(recipe: Recipe) -> float:
     """What all rates are multiplied with because a step has fewer pairs than lr_batch, which they are meant for.
 
-    The root of the batches' ratio for AdamW, the ratio itself for SGD: the noise of the steps of an epoch stays the same
-    (Malladi et al., 2022, arXiv 2205.10287; Goyal et al., 2017, arXiv 1706.02677). With more pairs rates stay, for what
-    limits them then is not the noise (McCandlish et al., 2018, arXiv 1812.06162).
+    The root of the batches' ratio for AdamW, the ratio itself for SGD, so that the noise of an epoch's steps stays the
+    same (Malladi et al., 2022, arXiv 2205.10287; Goyal et al., 2017, arXiv 1706.02677). With more pairs rates stay, for
+    what limits them then is not the noise (McCandlish et al., 2018, arXiv 1812.06162).
     """
     options = recipe.optimizer
     ratio = min(1.0, recipe.schedule.batch_size / options.lr_batch) if options.lr_batch else 1.0
