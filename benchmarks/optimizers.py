@@ -1,11 +1,11 @@
 """The learning rate beside the batch, and optimizers beside AdamW, on held-out emoji.
 
-    python benchmarks/optimizers.py --study batch --check       # four rates at batches of 32, 128 and 512
-    python benchmarks/optimizers.py --study kinds --check       # AdamW, timm's LAMB and Muon, at the best of three rates
+    python benchmarks/optimizers.py --study batch --check    # four rates at batches of 32, 128 and 512
+    python benchmarks/optimizers.py --study kinds --check    # AdamW, timm's LAMB and Muon, at the best of three rates
 
 Trained on Noto, judged once, at the end of the run, on Twemoji; an equal number of pairs seen. The score is the mean of
-R@1, R@5 and R@10 of both directions. A ViT of 6 layers × 128 is trained beside the recipes' ResNet. Rates are chosen with
-recipe clip and seed 0 and then serve declip and the other seeds. Finished runs are kept under --work.
+R@1, R@5 and R@10 of both directions. A ViT of 6 layers × 128 is trained beside the recipes' ResNet. Rates are chosen
+with recipe clip and seed 0 and then serve declip and the other seeds. Finished runs are kept under --work.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def study_kinds(args: argparse.Namespace) -> dict[str, Any]:
     ]
     rows = run_cells(tuning, args.work, args.jobs)
     best = {
-        (towers, kind): max(KINDS[kind], key=lambda rate: mean(rows, towers=towers, kind=kind, lr=rate))  # noqa: B023
+        (towers, kind): max(KINDS[kind], key=lambda rate: mean(rows, towers=towers, kind=kind, lr=rate))
         for towers, kind in product(TOWERS, KINDS)
     }
     shape = product(("clip", "declip"), TOWERS, range(args.seeds), KINDS)
