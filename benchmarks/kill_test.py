@@ -30,7 +30,7 @@ from PIL import Image
 from declip.training.checkpoint import checkpoints
 from declip.training.logging import read_metrics
 
-STEPS, TIMING = 200, ("seconds", "samples_per_second")
+STEPS, TIMING = 200, ("seconds", "samples_per_second", "data_wait")
 RECIPE = """
 [data]
 train = {data!r}

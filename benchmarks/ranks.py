@@ -176,27 +176,41 @@ def counted_bytes(trainer: Trainer) -> dict[str, int]:
 def expected_bytes(trainer: Trainer) -> dict[str, int]:
     """The formulas of docs/scale.md, for this rank's b rows of the batch of N ranks."""
     recipe, ranks, batch = trainer.recipe, trainer.ranks, trainer.batches[1]
-    terms, rows, dim = recipe.terms.active(), len(batch.sample_ids), trainer.model.dim
-    everyone, gathered, summed = ranks.count, 0, 4 * (1 + len(terms) + 4)  # the agreement on each step
+    words = patches = 0
+    if recipe.terms.token_wise is not None:
+        longest = torch.tensor(batch.tokens.shape[-1])
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        words, patches = int(longest), trainer.model.clip.visual.attnpool.positional_embedding.shape[0] - 1
+    sent = term_bytes(recipe, ranks.count, len(batch.sample_ids), trainer.model.dim, words, patches)
+    norms = 8 * norm_channels(trainer)
+    return {
+        "gathered": sent["exchanged"] + sent["gathered"] + norms,
+        "summed": ranks.count * sent["exchanged"] + sent["summed"] + norms,  # gloo sums whole gradients
+        "passed": sent["passed"],
+    }
+
+
+def term_bytes(recipe: Recipe, count: int, rows: int, dim: int, words: int = 0, patches: int = 0) -> dict[str, int]:
+    """What the terms have each of `count` ranks send in a step, by the formulas of docs/scale.md.
+
+    exchanged: gathered, and as many bytes of gradients come back; gathered: without gradients; summed; passed: to the
+    next rank. dim: of the joint embedding; words, patches: tokens of the longest caption and of an image
+    """
+    terms = recipe.terms.active()
+    floats = gathered = passed = 0
+    summed = 4 * (1 + len(terms) + 4)  # the agreement on each step
     sent: set[str] = set()  # text views, each gathered once
-    floats = 0  # that are gathered and whose gradients are summed
-    passed = 0
     for name, term in terms.items():
         if name == "contrastive":
-            floats += term.images * rows * dim
-        if name == "sigmoid":
-            passed += (2 * everyone - 1) * len(term.texts) * rows * dim * 4  # texts, and their gradients back home
-        if name == "contrastive":
-            floats += len(set(term.texts) - sent) * rows * dim
+            floats += (term.images + len(set(term.texts) - sent)) * rows * dim
             sent |= set(term.texts)
+        if name == "sigmoid":
+            passed += (2 * count - 1) * len(term.texts) * rows * dim * 4  # texts, and their gradients back home
         if name == "simclr":
             floats += 2 * rows * term.dim
         if name == "token_wise":
-            longest = torch.tensor(batch.tokens.shape[-1])
-            dist.all_reduce(longest, dist.ReduceOp.MAX)
-            words, patches = int(longest), trainer.model.clip.visual.attnpool.positional_embedding.shape[0] - 1
-            if recipe.terms.token_wise.top_k is not None:
-                words, patches = (min(recipe.terms.token_wise.top_k, size) for size in (words, patches))
+            if term.top_k is not None:
+                words, patches = min(term.top_k, words), min(term.top_k, patches)
             cells = term.images * len(term.texts)
             floats += cells * rows * (words + patches) * term.dim
             gathered += cells * rows * words  # the mask
@@ -206,12 +220,7 @@ def expected_bytes(trainer: Trainer) -> dict[str, int]:
         if name == "nearest_neighbour":
             gathered += len(term.texts) * rows * (8 + 1) + 8 * rows  # places, which are found, ids
             gathered += len(set(term.enqueue or term.texts) - sent) * rows * dim * 4
-    norms = norm_channels(trainer)
-    return {
-        "gathered": gathered + 4 * floats + 8 * norms,
-        "summed": summed + 4 * everyone * floats + 8 * norms,
-        "passed": passed,
-    }
+    return {"exchanged": 4 * floats, "gathered": gathered, "summed": summed, "passed": passed}
 
 
 def norm_channels(trainer: Trainer) -> int:

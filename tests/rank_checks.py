@@ -41,6 +41,7 @@ from declip.training.distributed import (
     one_voice,
     share_gradients,
 )
+from declip.training.estimate import estimate
 from declip.training.step import Step
 
 BATCHES = (0, 1, 5)  # the last of another epoch, when the queue holds the same pairs
@@ -140,7 +141,7 @@ def four_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
 
 
 def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
-    """Every method; a whole run; ones that go back, are prolonged, are stopped; last one in which rank 1 is killed."""
+    """Every method; whole runs; ones that go back, are dry, are stopped; last one in which rank 1 is killed."""
     torch.set_num_threads(1)
     left = iter(ports)
     loop.LOG_SECONDS = 0.0
@@ -178,6 +179,9 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
     for length in (64, 88):
         as_rank(rank, count, next(left))
         loop.train(prolonged_recipe(folder, length), folder / "prolonged", resume=length > 64, quiet=True)
+
+    as_rank(rank, count, next(left))
+    (folder / f"estimate {rank}.json").write_text(json.dumps(estimate(run_recipe(folder), price=3.0)))
 
     ends = (("stopped", 3, signal.SIGINT), ("preempted", 3, signal.SIGTERM), ("killed", 6, signal.SIGKILL))
     for name, step, number in ends:

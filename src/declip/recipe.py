@@ -102,6 +102,9 @@ class Engine(Safety):
         description="with several ranks, batch norm sees the global batch, as one process does; false: each rank its "
         "own part (reference), and in the towers each micro-batch",
     )
+    trackers: list[Literal["wandb", "mlflow"]] = Field(
+        [], description="send the rows of metrics.jsonl to these too; they must be installed; nothing is sent unasked"
+    )
 
 
 class Evaluation(Section):

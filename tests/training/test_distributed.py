@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "pairs.parquet", rows)
     context = spawn(two_ranks, folder, 2, meetings=12)
     for process in context.processes:
-        process.join(120)
+        process.join(300)
     codes = [process.exitcode for process in context.processes]
     if codes != [0, -signal.SIGKILL]:  # as it should be: rank 1 is killed at the end
         context.join()
@@ -201,6 +201,14 @@ def test_ranks_prolong_a_run_together(folder: Path) -> None:
         patch.setattr(loop, "LOG_SECONDS", 0.0)
         loop.train(prolonged_recipe(folder, 88), folder / "prolonged alone", quiet=True)
     assert_same_end(folder / "prolonged alone", folder / "prolonged")
+
+
+def test_a_dry_run_of_two_ranks(folder: Path) -> None:
+    found, other = (json.loads((folder / f"estimate {rank}.json").read_text()) for rank in range(2))
+    assert other == {}
+    assert (found["ranks"], found["steps"], found["batch_size"]) == (2, 8, 8)
+    assert found["device_hours"] == pytest.approx(2 * found["hours"])
+    assert found["cost"] == pytest.approx(3 * found["device_hours"])
 
 
 @pytest.mark.parametrize("end", ["stopped", "preempted", "killed"])

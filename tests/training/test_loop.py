@@ -28,7 +28,7 @@ from declip.training.pairs import open_pairs, total_steps, used_tokens
 from declip.training.step import autocast
 
 MakeRecipe = Callable[..., Recipe]
-TIMING = ("seconds", "samples_per_second")
+TIMING = ("seconds", "samples_per_second", "data_wait")
 
 
 @pytest.fixture(autouse=True)

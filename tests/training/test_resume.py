@@ -26,7 +26,7 @@ from declip.training.logging import RunLog, cut_metrics, read_metrics
 from declip.training.loop import train
 
 MakeRecipe = Callable[..., Recipe]
-TIMING = ("seconds", "samples_per_second")
+TIMING = ("seconds", "samples_per_second", "data_wait")
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 
 import declip
 from declip.cli.data import add_data
-from declip.cli.terminal import command, console, folder, positive, progress_bar, whole
+from declip.cli.terminal import command, console, folder, is_rank, positive, progress_bar
+from declip.cli.train import add_train
 from declip.errors import RANK_LOST, InputError, Preempted, RankLost, RunStopped
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
@@ -29,7 +30,7 @@ DONE, STOPPED, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 stopped from outside, 2 wrong input, 130 interrupted."""
     _write_utf8()
-    if not _is_rank():
+    if not is_rank():
         return _run(argv)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is said in one sentence, not in frames
     from declip.training.distributed import leave, only_first_prints
@@ -88,7 +89,7 @@ def _result(args: argparse.Namespace) -> Any:
 
 def _crashed() -> int:
     """A mistake of ours: the traceback, from one of several ranks."""
-    if not _is_rank():
+    if not is_rank():
         raise
     if _speaks():
         traceback.print_exc()
@@ -101,14 +102,9 @@ def _fail(sentence: str, code: int = WRONG_INPUT) -> int:
     return code
 
 
-def _is_rank() -> bool:
-    """Whether this is one of several processes that train together, as torchrun starts them."""
-    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-
-
 def _speaks() -> bool:
     """Whether this process says what went wrong: of several ranks one does."""
-    if not _is_rank():
+    if not is_rank():
         return True
     from declip.training.distributed import speaks
 
@@ -149,7 +145,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"declip {declip.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help(), json=False, rest=None, code=DONE)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_train, _add_evaluate, add_data, _add_convert, _add_recipes):
+    for add in (_add_demo, add_train, _add_evaluate, add_data, _add_convert, _add_recipes):
         add(commands)
     args, extras = parser.parse_known_args(argv)
     # argparse takes the values of `train RECIPE a=1 --out DIR b=2` in one piece only; the later ones come back here.
@@ -167,19 +163,6 @@ def _add_demo(commands: Any) -> None:
         "--out", type=folder, default="demo-run", metavar="DIR", help="folder for the runs and the report (%(default)s)"
     )
     parser.add_argument("--minutes", type=positive, default=10.0, metavar="N", help="about how long (%(default)g)")
-
-
-def _add_train(commands: Any) -> None:
-    example = "declip train declip data.train=pairs.parquet schedule.epochs=20 --out runs/mine"
-    parser = command(commands, "train", _train, "train a recipe", example)
-    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name (see declip recipes) or a TOML file")
-    parser.add_argument("overrides", metavar="path=value", nargs="*", help="change a field of the recipe")
-    parser.add_argument("--out", type=folder, required=True, metavar="DIR", help="the run folder")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in DIR stopped")
-    parser.add_argument(
-        "--gpus", type=whole, metavar="N", help="train with N processes on this machine, a GPU each (or N on the CPU)"
-    )
-    parser.set_defaults(rest="overrides")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -235,35 +218,6 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     from declip.demo import run_demo
 
     summary: dict[str, Any] = run_demo(args.out, minutes=args.minutes, quiet=args.json)
-    return summary
-
-
-def _train(args: argparse.Namespace) -> dict[str, Any]:
-    from declip.recipe import load_recipe
-
-    recipe = load_recipe(args.recipe, args.overrides)  # before PyTorch, so that a slip is answered at once
-    if args.gpus and not _is_rank():
-        return _launch(args)
-    from declip.training.loop import train
-
-    summary = train(recipe, args.out, resume=args.resume, quiet=args.json)
-    if not args.json:
-        print(f"The run is in {args.out}. Judge it: declip evaluate {args.out} DATA")
-    return summary
-
-
-def _launch(args: argparse.Namespace) -> dict[str, Any]:
-    """`train` as several processes; theirs is what is said and the exit code."""
-    from declip.training.launch import launch
-
-    flags = [flag for flag, given in (("--resume", args.resume), ("--json", args.json)) if given]
-    args.code, printed = launch(["train", args.recipe, *args.overrides, "--out", args.out, *flags], args.gpus)
-    if args.code != DONE:
-        raise SystemExit(args.code)
-    if not args.json:
-        print(printed, end="")
-        return {}
-    summary: dict[str, Any] = json.loads(printed)
     return summary
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -72,6 +73,7 @@ class NearestNeighbour(nn.Module):
         # Random directions belong to no sample: -2 is no id, and not empty either.
         self.register_buffer("queue_ids", torch.full((queue_size,), -2 if random_start else EMPTY))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self.found: tuple[Tensor, Tensor] | None = None  # what `_search` gave last, [text views, batch] each
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
         images, texts = features.unit_image[: self.images], features.unit_texts(self.texts)
@@ -97,7 +99,8 @@ class NearestNeighbour(nn.Module):
         """
         texts = texts.detach()
         rows, found = self._search(texts.flatten(0, 1), sample_ids.repeat(len(texts)))
-        rows, found = (torch.unflatten(x, 0, (len(texts), -1)) for x in (rows, found))  # [text views, batch]
+        rows, found = (torch.unflatten(x, 0, (len(texts), -1)) for x in (rows, found))
+        self.found = rows, found
         found_by_all = self._of_all_ranks(rows, found, ranks)
         # Of all that were found, wherever: a rank may have found none.
         weights = found.to(images.dtype) * ranks.count / (len(images) * found_by_all.found.sum().clamp(min=1))
@@ -166,3 +169,19 @@ class NearestNeighbour(nn.Module):
         self.queue[places] = torch.where(fits[:, None], texts, self.queue[places])
         self.queue_ids[places] = torch.where(fits, sample_ids, self.queue_ids[places])
         self.pointer.copy_((self.pointer + len(texts)).clamp(max=size) % size)
+
+
+def mean_age(pointer: int, size: int, full: bool, batch: int, views: int) -> float | None:
+    """Steps since the entries of the queue came in, on average, as the next search finds them; None where it is empty.
+
+    pointer: where the next entry goes; full: whether the last place is taken; batch: rows that each of `views` text
+    views enters a step, which was the same all the time. Random directions that the queue began with do not count.
+    """
+    writes = math.ceil(size / batch)  # of a lap; the last is cut off at the end of the ring
+    newest = (math.ceil(pointer / batch) - 1) % writes
+    if not full and pointer == 0:
+        return None
+    first = range(writes if full else newest + 1)
+    ages = [(newest - write) % writes // views + 1 for write in first]
+    entries = [min(batch, size - write * batch) for write in first]
+    return sum(age * count for age, count in zip(ages, entries, strict=True)) / sum(entries)

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, progress on the terminal, TensorBoard where it is installed."""
+"""What a run tells: metrics.jsonl, progress on the terminal, TensorBoard where it is there, trackers if asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,7 +15,10 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from declip.errors import first_line
 from declip.files import write_atomically
+from declip.recipe import Recipe
+from declip.training.trackers import Tracker, start_trackers
 
 
 class _Bar(Progress):
@@ -27,13 +30,19 @@ class _Bar(Progress):
 
 
 class RunLog:
-    """Rows for metrics.jsonl, a live line for people, scalars for TensorBoard. Use as a context manager."""
+    """Rows for metrics.jsonl, a live line for people, scalars for TensorBoard and trackers. Use as a context manager.
 
-    def __init__(self, out: Path, name: str, steps: int, first: int, quiet: bool) -> None:
+    Raises InputError where a tracker cannot start.
+    """
+
+    every_step = False  # whether it wants a row of every step, not one now and then
+
+    def __init__(self, out: Path, recipe: Recipe, steps: int, first: int, quiet: bool) -> None:
         self._out = out
+        self._trackers: dict[str, Tracker] = start_trackers(recipe, out)
         self._file = self._open()
         self.console = Console(stderr=True, quiet=quiet)
-        self._board = _tensorboard(out)
+        self._board = _tensorboard(out, first)
         self._progress = _Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
@@ -42,7 +51,7 @@ class RunLog:
             TextColumn("{task.fields[text]}"),
             console=self.console,
         )
-        self._task = self._progress.add_task(name, total=steps, completed=first, text="", terms="")
+        self._task = self._progress.add_task(recipe.name, total=steps, completed=first, text="", terms="")
         self._held_out = ""
 
     def __enter__(self) -> RunLog:
@@ -54,6 +63,7 @@ class RunLog:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        self._tell_trackers(lambda tracker: tracker.finish())
 
     def _open(self) -> TextIO:
         return open(self._out / "metrics.jsonl", "a", buffering=1)
@@ -63,6 +73,9 @@ class RunLog:
         self._file.close()
         cut_metrics(self._out, step)
         self._file = self._open()
+        if self._board is not None:
+            self._board.close()
+            self._board = _tensorboard(self._out, step)
         self._progress.update(self._task, completed=step)
 
     def train(self, row: dict[str, Any]) -> None:
@@ -81,9 +94,19 @@ class RunLog:
 
     def _write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        scalars = dict(_scalars(row))
         if self._board is not None:
-            for name, value in _scalars(row):
+            for name, value in scalars.items():
                 self._board.add_scalar(name, value, row["step"])
+        self._tell_trackers(lambda tracker: tracker.log(row["step"], scalars))
+
+    def _tell_trackers(self, tell: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tell(tracker)
+            except Exception as error:  # whatever is wrong there, the run goes on
+                del self._trackers[name]
+                self.say(f"{name} gets no more rows: {first_line(error)}.", style="yellow")
 
 
 class NoLog(RunLog):
@@ -145,11 +168,12 @@ def _scalars(row: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     return found
 
 
-def _tensorboard(out: Path) -> Any:
+def _tensorboard(out: Path, step: int) -> Any:
+    """A writer of what comes after `step`; what an earlier one wrote of those steps is not shown any more."""
     with contextlib.suppress(ImportError):
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(out / "tensorboard"))
+        return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
     return None
 
 

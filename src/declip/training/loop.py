@@ -40,6 +40,7 @@ from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tok
 from declip.training.run import Run
 from declip.training.saving import NoSaver, Saver
 from declip.training.step import Step, pick_device
+from declip.training.trackers import check_trackers
 
 LOG_SECONDS = 0.5
 
@@ -53,17 +54,21 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     """
     with joined_ranks(recipe) as ranks:
         with one_voice(ranks):
-            run = _set_up(recipe, Path(out), resume, ranks)
-        log = NoLog() if ranks.rank else RunLog(run.out, recipe.name, run.steps, run.step, quiet)
+            run = set_up(recipe, Path(out), resume, ranks)
+        log = NoLog() if ranks.rank else RunLog(run.out, recipe, run.steps, run.step, quiet)
         with run.saver, log, interrupts_between_steps() as interrupts:
             _go_to_the_end(run, log, interrupts)
         return run.finish()
 
 
-def _set_up(recipe: Recipe, out: Path, resume: bool, ranks: Ranks) -> Run:
-    """Everything that can be wrong is found out here, before the first step."""
+def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks) -> Run:
+    """Everything that can be wrong is found out here, before the first step.
+
+    out: the run folder; None for a run that writes nothing
+    """
+    check_trackers(recipe)
     # Rank 0 alone looks: it soon makes the folder, and another would find it there.
-    going_on = broadcast(ranks.rank == 0 and check_run(out, recipe, resume), ranks)
+    going_on = out is not None and broadcast(ranks.rank == 0 and check_run(out, recipe, resume), ranks)
     device = pick_device(local_device(recipe.engine.device))
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
@@ -85,25 +90,27 @@ def _set_up(recipe: Recipe, out: Path, resume: bool, ranks: Ranks) -> Run:
     held_out = None
     if held_images and not ranks.rank:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
-    if not ranks.rank and not going_on:
-        make_run(out, recipe)
-    saver = NoSaver() if ranks.rank else Saver(out, recipe.engine.keep, cooldown_start(steps, recipe))
-    run = Run(recipe, out, device, model, objective, images, held_out, steps, saver, ranks)
+    saver: Saver = NoSaver()
+    if out is not None and not ranks.rank:
+        if not going_on:
+            make_run(out, recipe)
+        saver = Saver(out, recipe.engine.keep, cooldown_start(steps, recipe))
+    run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks)
     if going_on:
         run.read()
         if not ranks.rank:
-            make_run(out, recipe)  # the schedule may be another
-            cut_metrics(out, run.step)
+            make_run(run.out, recipe)  # the schedule may be another
+            cut_metrics(run.out, run.step)
     return run
 
 
 def _go_to_the_end(run: Run, log: RunLog, interrupts: Interrupts) -> None:
     """Train; save where something outside stops the run; go back where it diverges, as the recipe says."""
     going_on = "To go on: the same command with --resume."
-    step = _step(run)
+    step = make_step(run)
     while True:
         try:
-            _go(run, step, log, interrupts)
+            go(run, step, log, interrupts)
             return
         except Diverged as divergence:
             interrupts.settle()
@@ -125,7 +132,7 @@ def _go_to_the_end(run: Run, log: RunLog, interrupts: Interrupts) -> None:
             raise RunStopped(f"{error} At {where} of the run: {saved}. {going_on}") from None
 
 
-def _go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
+def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
     """Train from the step reached to the end; raises KeyboardInterrupt and Preempted between two steps."""
     recipe, model, ranks = run.recipe, run.model, run.ranks
     if run.step == 0:
@@ -136,13 +143,15 @@ def _go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         run.saver.wait()  # a disk that is full is found out now, and there is always a checkpoint to go back to
     if run.has_stopped_rising():
         return
-    towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
-    maker = BatchMaker(run.images, recipe, *towers, rank=ranks.rank, ranks=ranks.count)
+    batches = make_loader(batch_maker(run), run.step, run.steps, recipe.data.workers)
     every = max(1, round(recipe.evaluation.every * run.steps))
     model.train()
     logged = saved = clock = time.perf_counter()
-    logged_step = run.step
-    for batch in make_loader(maker, run.step, run.steps, recipe.data.workers):
+    logged_step, took = run.step, math.inf
+    for batch in run.watch.batches(batches):
+        judged, best = (run.step + 1) % every == 0 or run.step + 1 == run.steps, False
+        # Known before the forward pass, so that only steps that are logged pay for what a row says of them.
+        watched = run.watch.begin(judged or log.every_step or time.perf_counter() - logged + took >= LOG_SECONDS)
         draw_apart(ranks, recipe.seed, run.step)
         rate = run.rate_factor * learning_rate(run.step, run.steps, recipe)
         for group in run.optimizer.param_groups:
@@ -159,23 +168,26 @@ def _go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         run.note_broken(agreed.news.broken, log)
         run.optimizer.zero_grad()
         loss.backward()
+        run.watch.read_gradients()
         norm = torch.nn.utils.clip_grad_norm_(run.parameters, recipe.optimizer.clip_norm or math.inf)
         if skipped := run.guard.step(run.step + 1, agreed.loss, norm, agreed.terms):
             log.say(f"skipped: {skipped}", style="yellow")
         run.end_step()
 
+        if watched and run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)  # else what is queued there would take no time
         now = time.perf_counter()
-        run.seconds, clock = run.seconds + now - clock, now
-        judged, best = run.step % every == 0 or run.step == run.steps, False
-        if judged or now - logged >= LOG_SECONDS:
+        run.seconds, took, clock = run.seconds + now - clock, now - clock, now
+        if watched:
             speed = (run.step - logged_step) * recipe.schedule.batch_size / max(now - logged, 1e-9)
-            log.train(run.row(agreed.loss, agreed.terms, rate, speed))
+            more = run.watch.row(norm, now - logged, speed)
+            log.train({**run.row(agreed.loss, agreed.terms, rate, speed), **more})
         if judged:
             best = run.judge(log, float(agreed.loss))
         if judged or agreed.news.due or run.step == cooldown_start(run.steps, recipe):
             run.save(best)
             saved = time.perf_counter()
-        if judged or now - logged >= LOG_SECONDS:
+        if judged or watched:
             # Judging and saving are not training: they count neither as time nor in the speed.
             logged = clock = time.perf_counter()
             logged_step = run.step
@@ -186,7 +198,14 @@ def _go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
     run.saver.wait()
 
 
-def _step(run: Run) -> nn.Module:
+def batch_maker(run: Run) -> BatchMaker:
+    """What makes this rank's part of each batch."""
+    model, ranks = run.model, run.ranks
+    towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
+    return BatchMaker(run.images, run.recipe, *towers, rank=ranks.rank, ranks=ranks.count)
+
+
+def make_step(run: Run) -> nn.Module:
     """What computes a batch's loss on this rank, so that its gradients are those of the global batch."""
     engine = run.recipe.engine
     if run.ranks.count > 1 and engine.sync_batch_norm:

@@ -34,6 +34,7 @@ from declip.training.logging import RunLog, resident_bytes
 from declip.training.optimizer import build_optimizer, same_rates
 from declip.training.pairs import epoch_pairs, total_steps
 from declip.training.saving import Saver
+from declip.training.watch import Watch
 
 MEMORY_SECONDS = 5.0
 
@@ -69,6 +70,7 @@ class Run:
         self._forget_best()
         self.roll_backs, self.rate_factor, self.rolled_to = 0, 1.0, -1
         self.guard = Guard([model, objective], self.optimizer, recipe.engine)
+        self.watch = Watch(recipe, device, model, objective, images, ranks)
         kept = images.kept or []
         self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
 
