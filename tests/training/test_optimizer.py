@@ -107,7 +107,7 @@ def test_muon_step(tiny: MakeRecipe) -> None:
     plain = {"clip.visual.bn1.bias", "clip.token_embedding.weight", "terms.masked_language.head.weight"}
     for name in plain:  # of Nesterov's kind: 1 + beta of Adam's first step
         expected = 1.9 * named[name].grad.sign()  # type: ignore[union-attr]
-        torch.testing.assert_close(moved[name], expected, rtol=0, atol=0.01)
+        torch.testing.assert_close(moved[name], expected, rtol=0, atol=0.1)
 
 
 # Rates of their own
