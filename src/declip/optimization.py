@@ -10,7 +10,10 @@ from declip.terms import Section
 
 
 class Optimizer(Section):
-    kind: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum")
+    kind: Literal["adamw", "muon", "sgd"] = Field(
+        "adamw",
+        description="AdamW; Muon for matrices and convolutions with Adam for all else; or SGD with Nesterov momentum",
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     lr_batch: int = Field(
         0,
@@ -37,8 +40,8 @@ class Optimizer(Section):
         description="factor on the rate of a tower's layer for each layer between it and the top (BEiT); 1 = none",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="betas of AdamW, and of Muon's Adam")
+    eps: float = Field(1e-8, gt=0, description="epsilon of AdamW and Muon")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices")
     decay_embeddings: bool = Field(
         False, description="also decay embeddings, class token and attention's input biases, as the reference does"

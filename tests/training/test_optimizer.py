@@ -25,6 +25,7 @@ from declip.training.optimizer import (
 )
 
 MakeRecipe = Callable[..., Recipe]
+RESNET = ("model.image.layers=[1,1,1,1]", "model.image.width=8", "model.image.image_size=32")
 EMBEDDINGS = {"clip.token_embedding.weight", "clip.positional_embedding", "clip.visual.positional_embedding"}
 
 
@@ -86,6 +87,29 @@ def test_adamw_step() -> None:
     torch.testing.assert_close(layer.bias, before["bias"] - 0.01)
 
 
+def test_muon_step(tiny: MakeRecipe) -> None:
+    """Matrices and kernels move by nearly orthogonal ones, of AdamW's size; all else by Adam's steps."""
+    recipe = tiny("declip", "optimizer.kind=muon", "optimizer.weight_decay=0", *RESNET)
+    model = DualEncoder(recipe)
+    objective = build_objective(recipe, model)
+    named = {name: p for module in (model, objective) for name, p in module.named_parameters()}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    optimizer = build_optimizer([model, objective], recipe.optimizer)
+    torch.manual_seed(0)
+    for parameter in named.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    moved = {name: (before[name] - p.detach()) / recipe.optimizer.lr for name, p in named.items()}
+    for name in ("clip.text_projection", "clip.visual.layer1.0.conv2.weight", "terms.simsiam.projector.linear1.weight"):
+        step = moved[name].flatten(1)
+        sizes = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
+        assert 0.5 < sizes.min() < sizes.max() < 1.4, name
+    plain = {"clip.visual.bn1.bias", "clip.token_embedding.weight", "terms.masked_language.head.weight"}
+    for name in plain:  # of Nesterov's kind: 1 + beta of Adam's first step
+        expected = 1.9 * named[name].grad.sign()  # type: ignore[union-attr]
+        torch.testing.assert_close(moved[name], expected, rtol=0, atol=0.1)
+
+
 # Rates of their own
 
 
@@ -95,7 +119,7 @@ def rate_of(recipe: Recipe) -> dict[str, float]:
     objective = build_objective(recipe, model)
     name_of = {id(p): name for module in (model, objective) for name, p in module.named_parameters()}
     groups = parameter_groups([model, objective], recipe.optimizer)
-    keys = [(group["weight_decay"], group["peak"]) for group in groups]
+    keys = [(group["weight_decay"], group["peak"], group["use_fallback"]) for group in groups]
     assert len(set(keys)) == len(keys)  # as few groups as can be
     return {name_of[id(p)]: group["peak"] for group in groups for p in group["params"]}
 

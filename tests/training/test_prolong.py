@@ -20,6 +20,7 @@ from declip.training.run import Run
 
 MakeRecipe = Callable[..., Recipe]
 CONSTANT = ("schedule.shape=constant", "schedule.warmup_pairs=16", "schedule.cooldown=0.25", "optimizer.ema=0.5")
+RESNET = ("model.image.layers=[1,1,1,1]", "model.image.width=8", "model.image.image_size=32")
 LONGER = "schedule.pairs_seen=128"
 
 
@@ -160,7 +161,19 @@ def test_the_average_is_judged_and_finished(tiny: MakeRecipe, tmp_path: Path, mo
     assert torch.equal(last(tmp_path / "run")["model"]["clip.visual.proj"], weights[-1])
 
 
-def test_the_average_goes_on_and_goes_back(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_muon_goes_on(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its momentum and that of its Adam are one state."""
+    recipe = tiny("declip", "optimizer.kind=muon", "optimizer.lr=0.002", *RESNET)
+    train(recipe, tmp_path / "whole", quiet=True)
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "stopped", quiet=True)
+    train(recipe, tmp_path / "stopped", resume=True, quiet=True)
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_the_average_goes_on(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny("declip", "optimizer.ema=0.9", "optimizer.layer_decay=0.7", "optimizer.head_lr=0.002")
     train(recipe, tmp_path / "whole", quiet=True)
     with monkeypatch.context() as patch:

@@ -20,6 +20,8 @@ EMBEDDINGS = (
 )
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 LOGIT_SCALES = ("logit_scale", "logit_bias")
+VOCABULARY = "masked_language.head"  # a row for every word, as in an embedding
+MUON_MOMENTUM = 0.95  # its author's
 
 
 def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[str, Any]]:
@@ -28,16 +30,18 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
     Matrices decay; biases, norms, scales and (unless asked) embeddings do not. With `decay_embeddings` the reference's
     groups: all decays but norms, biases of layers and logit scales, so attention's input biases do.
     Each has its part's peak rate (image tower, text tower, heads, logit scale), times `layer_decay` for each layer
-    between it and the top of its tower. `peak` is the group's peak rate at a batch of `lr_batch`.
+    between it and the top of its tower. `peak` is the group's peak rate at a batch of `lr_batch`. For Muon
+    `use_fallback` says what Adam takes: embeddings, the vocabulary's head, and whatever is no matrix.
     Raises InputError where there are no heads for head_lr, or a tower does not say which its layers are.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {
-        (options.weight_decay, options.lr): [],
-        (0.0, options.lr): [],
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {
+        (options.weight_decay, options.lr, False): [],
+        (0.0, options.lr, False): [],
     }
     found = set()
     for module in modules:
-        kept = _never_decayed(module) if options.decay_embeddings else _not_decayed(module)
+        vectors = _not_decayed(module)
+        kept = _never_decayed(module) if options.decay_embeddings else vectors
         below = _layers_to_top(module) if options.layer_decay < 1 else {}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
@@ -47,11 +51,15 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
             own: float | None = getattr(options, f"{part}_lr")
             rate = (options.lr if own is None else own) * options.layer_decay ** below.get(name, 0)
             decay = 0.0 if part == "logit_scale" or name in kept else options.weight_decay
-            groups.setdefault((decay, rate), []).append(parameter)
+            fallback = options.kind == "muon" and (name in vectors or VOCABULARY in name)
+            groups.setdefault((decay, rate, fallback), []).append(parameter)
     if options.head_lr is not None and "head" not in found:
         raise InputError("optimizer.head_lr: none of the recipe's terms has a head that learns; leave it out.")
     filled = {key: group for key, group in groups.items() if group}
-    return [{"params": group, "weight_decay": decay, "peak": rate} for (decay, rate), group in filled.items()]
+    return [
+        {"params": group, "weight_decay": decay, "peak": rate, "use_fallback": fallback}
+        for (decay, rate, fallback), group in filled.items()
+    ]
 
 
 def _part(name: str) -> Literal["image", "text", "head", "logit_scale"]:
@@ -89,10 +97,20 @@ def _never_decayed(module: nn.Module) -> set[str]:
 
 
 def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim.Optimizer:
-    """Fused AdamW or Nesterov SGD over the trainable parameters of the modules."""
+    """Fused AdamW or Nesterov SGD, or Muon, over the trainable parameters of the modules.
+
+    Muon (Jordan et al., 2024) is timm's: Nesterov momentum, convolutions flattened to matrices, steps as large as
+    AdamW's (Liu et al., 2025, arXiv 2502.16982), so that rates are of the same order. What is no matrix takes NAdamW's.
+    """
     groups = parameter_groups(modules, options)
     if options.kind == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True, fused=True)
+    if options.kind == "muon":
+        from timm.optim.muon import Muon
+
+        own = {"momentum": MUON_MOMENTUM, "adjust_lr_fn": "match_rms_adamw", "conv_mode": "flatten"}
+        groups = [{**own, **group} for group in groups]
+        return Muon(groups, lr=options.lr, nesterov=True, betas=options.betas, eps=options.eps)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 
