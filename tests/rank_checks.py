@@ -141,10 +141,11 @@ def four_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
 
 
 def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
-    """Every method; a whole run; one that goes back; a dry one; ones that are stopped; last one that loses rank 1."""
+    """Every method; whole runs; ones that go back, are dry, are stopped; last one in which rank 1 is killed."""
     torch.set_num_threads(1)
+    left = iter(ports)
     loop.LOG_SECONDS = 0.0
-    as_rank(rank, count, ports[0])
+    as_rank(rank, count, next(left))
     with joined_ranks(recipe_of(folder, "clip")) as ranks, one_voice(ranks):
         for name in METHODS:
             torch.save(steps_of(recipe_of(folder, name), ranks), folder / f"{name} {rank} of {count}.pt")
@@ -155,32 +156,36 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
         except InputError as error:
             (folder / f"odd {rank}").write_text(str(error))
 
-    as_rank(rank, count, ports[1])
+    as_rank(rank, count, next(left))
     with redirect_stderr(io.StringIO()) as said:
         summary = loop.train(run_recipe(folder), folder / "two")
     (folder / f"summary {rank}.json").write_text(json.dumps({**summary, "said": said.getvalue()}))
 
-    as_rank(rank, count, ports[2])
+    as_rank(rank, count, next(left))
     with spoilt_at(5 if rank == 1 else None):
         rolled_back = ("engine.on_divergence=roll_back", "engine.skip_limit=0")
         summary = loop.train(run_recipe(folder, *rolled_back), folder / "rolled back", quiet=True)
     (folder / f"rolled back {rank}.json").write_text(json.dumps(summary))
 
     apart = "terms.nearest_neighbour.queue_per_rank=true"
-    as_rank(rank, count, ports[3])
+    as_rank(rank, count, next(left))
     loop.train(run_recipe(folder, apart), folder / "apart", quiet=True)
-    as_rank(rank, count, ports[4])
+    as_rank(rank, count, next(left))
     with contextlib.suppress(KeyboardInterrupt), signal_at(3, signal.SIGINT if rank == 0 else None):
         loop.train(run_recipe(folder, apart), folder / "apart, resumed", quiet=True)
-    as_rank(rank, count, ports[5])
+    as_rank(rank, count, next(left))
     loop.train(run_recipe(folder, apart), folder / "apart, resumed", resume=True, quiet=True)
 
-    as_rank(rank, count, ports[6])
+    for length in (64, 88):
+        as_rank(rank, count, next(left))
+        loop.train(prolonged_recipe(folder, length), folder / "prolonged", resume=length > 64, quiet=True)
+
+    as_rank(rank, count, next(left))
     (folder / f"estimate {rank}.json").write_text(json.dumps(estimate(run_recipe(folder), price=3.0)))
 
     ends = (("stopped", 3, signal.SIGINT), ("preempted", 3, signal.SIGTERM), ("killed", 6, signal.SIGKILL))
-    for port, (name, step, number) in enumerate(ends, 7):
-        as_rank(rank, count, ports[port])
+    for name, step, number in ends:
+        as_rank(rank, count, next(left))
         try:
             with signal_at(step, number if rank == 1 else None):
                 loop.train(run_recipe(folder), folder / name, quiet=True)
@@ -192,7 +197,12 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
 def run_recipe(folder: Path, *more: str) -> Recipe:
     # AdamW makes a lot of what is nothing but rounding. Nothing is decoded in advance: a broken pair is met on the way.
     options = ["optimizer.kind=sgd", "optimizer.lr=0.05", "data.cache_gb=0", "data.broken_limit=0.1"]
-    return recipe_of(folder, "declip", *options, *more)
+    return recipe_of(folder, "declip", *options, "optimizer.ema=0.5", *more)
+
+
+def prolonged_recipe(folder: Path, pairs: int) -> Recipe:
+    constant = ["schedule.shape=constant", "schedule.warmup_pairs=16", "schedule.cooldown=0.25", "evaluation.every=1"]
+    return run_recipe(folder, *constant, f"schedule.pairs_seen={pairs}")
 
 
 def queues(ranks: Ranks) -> list[float]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from declip.errors import InputError
+from declip.optimization import Optimizer, Schedule
 from declip.pairs import Data
 from declip.safety import Safety
 from declip.terms import Contrastive, Section, Terms, TextView
@@ -78,37 +79,6 @@ class Model(Section):
     unmasked_end: float = Field(
         0.0, ge=0, lt=1, description="share of the run, its last part, in which no patches are left out (FLIP, §3)"
     )
-
-
-class Optimizer(Section):
-    kind: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    logit_scale_lr: float | None = Field(
-        None, ge=0, description="peak learning rate of the logit scale; 0 keeps it; not set: as all others"
-    )
-    momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW's betas")
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices")
-    decay_embeddings: bool = Field(
-        False, description="also decay embeddings, class token and attention's input biases, as the reference does"
-    )
-    clip_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0 = never")
-
-
-class Schedule(Section):
-    epochs: float = Field(32.0, gt=0, description="passes over the training pairs")
-    pairs_seen: int | None = Field(None, gt=0, description="length of the run in pairs, instead of epochs")
-    batch_size: int = Field(256, gt=1, description="pairs a step")
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the learning rate rises")
-    start_lr: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="learning rate of the first step, as a share of the peak; the last step's is then exactly final_lr "
-        "(reference); not set: equal steps from zero",
-    )
-    final_lr: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
 
 
 class Engine(Safety):
@@ -374,6 +344,6 @@ def _sentence(error: ValidationError, where: str) -> str:
         near = difflib.get_close_matches(path, field_paths(), n=1, cutoff=0.0)
         return f"{where}: there is no field {path}; the nearest is {near[0]}."
     message = first["msg"].removeprefix("Value error, ")
-    if not path:
-        return f"{where}: {message}."
+    if isinstance(first["input"], dict | BaseModel):
+        return f"{where}: {path}: {message}." if path else f"{where}: {message}."
     return f"{where}: {path} = {first['input']!r} is wrong: {message[0].lower()}{message[1:]}."

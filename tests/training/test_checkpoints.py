@@ -103,7 +103,7 @@ def test_nothing_in_it_is_executed(tmp_path: Path, tiny: MakeRecipe) -> None:
     (tmp_path / "checkpoints").mkdir()
     write_checkpoint(tmp_path, 1, {"format": 1, "evil": Path("x")})
     with pytest.raises(InputError, match="cannot be read") as error:
-        read_newest(tmp_path, tiny())
+        read_newest(tmp_path, tiny(), None, lambda *_: True)
     assert "\n" not in str(error.value)
 
 

@@ -24,6 +24,7 @@ from rank_checks import (
     METHODS,
     four_ranks,
     made_norm,
+    prolonged_recipe,
     recipe_of,
     run_recipe,
     samples_of,
@@ -49,9 +50,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [pair(number) for number in range(40)]
     rows[7]["image"] = b"no image"
     write_pairs(folder / "pairs.parquet", rows)
-    context = spawn(two_ranks, folder, 2, meetings=10)
+    context = spawn(two_ranks, folder, 2, meetings=12)
     for process in context.processes:
-        process.join(120)
+        process.join(300)
     codes = [process.exitcode for process in context.processes]
     if codes != [0, -signal.SIGKILL]:  # as it should be: rank 1 is killed at the end
         context.join()
@@ -149,6 +150,8 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert states[0][part].keys() == states[1][part].keys()
         for name, tensor in states[0][part].items():
             torch.testing.assert_close(states[1][part][name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+    for average in zip(*(state["average"]["average"] for state in states), strict=True):
+        torch.testing.assert_close(*average, rtol=1e-4, atol=1e-4)
     finished = [load_file(run / "open_clip_model.safetensors") for run in (one, other)]
     assert finished[0].keys() == finished[1].keys()
     rows = [read_metrics(run) for run in (one, other)]
@@ -190,6 +193,14 @@ def test_ranks_go_back_together(folder: Path, one_process: Path) -> None:
     assert factors == pytest.approx([1] * 4 + [0.5] * (len(rows) - 4))
     losses = [[row["loss"] for row in own[:5]] for own in (rows, undisturbed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_ranks_prolong_a_run_together(folder: Path) -> None:
+    """8 steps, of which 2 are taken back, and then 11 are the 11 steps of one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_SECONDS", 0.0)
+        loop.train(prolonged_recipe(folder, 88), folder / "prolonged alone", quiet=True)
+    assert_same_end(folder / "prolonged alone", folder / "prolonged")
 
 
 def test_a_dry_run_of_two_ranks(folder: Path) -> None:

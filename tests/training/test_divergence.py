@@ -14,6 +14,7 @@ from torch import nn
 
 from declip.errors import Diverged, InputError
 from declip.objectives.contrastive import Contrastive
+from declip.optimization import Optimizer
 from declip.recipe import Recipe
 from declip.safety import Safety
 from declip.training import guard as guard_module
@@ -22,6 +23,7 @@ from declip.training.checkpoint import checkpoints
 from declip.training.guard import Guard
 from declip.training.logging import read_metrics
 from declip.training.loop import train
+from declip.training.optimizer import build_optimizer
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -184,16 +186,15 @@ def test_skipped_steps_and_resuming(tiny: MakeRecipe, tmp_path: Path, monkeypatc
 # On a device that is not waited for
 
 
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 def test_steps_on_a_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CUDA does, done by the CPU: the optimizer is told on the device, and the same comes out."""
     ends = []
     for on_device in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-        fused: Any = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[kind]
-        more = {"momentum": 0.9, "nesterov": True} if kind == "sgd" else {}
-        guard = Guard([model], fused(model.parameters(), lr=0.1, fused=True, **more), Safety(skip_limit=5))
+        optimizer = build_optimizer([model], Optimizer(kind=kind, lr=0.1))
+        guard = Guard([model], optimizer, Safety(skip_limit=5))
         monkeypatch.setattr(guard_module, "_waits", lambda tensor, on_device=on_device: not on_device)
         said = []
         for step in range(1, 9):

@@ -9,12 +9,23 @@ from itertools import pairwise
 import pytest
 import torch
 
+from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
 from declip.objectives.objective import build_objective
-from declip.recipe import Optimizer, Recipe, parse_recipe
-from declip.training.optimizer import build_optimizer, learning_rate, parameter_groups
+from declip.optimization import Optimizer
+from declip.recipe import Recipe, load_recipe, parse_recipe, shipped
+from declip.training.optimizer import (
+    batch_factor,
+    build_optimizer,
+    check_schedule,
+    cooldown_start,
+    learning_rate,
+    parameter_groups,
+    same_rates,
+)
 
 MakeRecipe = Callable[..., Recipe]
+RESNET = ("model.image.layers=[1,1,1,1]", "model.image.width=8", "model.image.image_size=32")
 EMBEDDINGS = {"clip.token_embedding.weight", "clip.positional_embedding", "clip.visual.positional_embedding"}
 
 
@@ -76,7 +87,142 @@ def test_adamw_step() -> None:
     torch.testing.assert_close(layer.bias, before["bias"] - 0.01)
 
 
-def rates(steps: int, **schedule: float) -> list[float]:
+def test_muon_step(tiny: MakeRecipe) -> None:
+    """Matrices and kernels move by nearly orthogonal ones, of AdamW's size; all else by Adam's steps."""
+    recipe = tiny("declip", "optimizer.kind=muon", "optimizer.weight_decay=0", *RESNET)
+    model = DualEncoder(recipe)
+    objective = build_objective(recipe, model)
+    named = {name: p for module in (model, objective) for name, p in module.named_parameters()}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    optimizer = build_optimizer([model, objective], recipe.optimizer)
+    torch.manual_seed(0)
+    for parameter in named.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    moved = {name: (before[name] - p.detach()) / recipe.optimizer.lr for name, p in named.items()}
+    for name in ("clip.text_projection", "clip.visual.layer1.0.conv2.weight", "terms.simsiam.projector.linear1.weight"):
+        step = moved[name].flatten(1)
+        sizes = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
+        assert 0.5 < sizes.min() < sizes.max() < 1.4, name
+    plain = {"clip.visual.bn1.bias", "clip.token_embedding.weight", "terms.masked_language.head.weight"}
+    for name in plain:  # of Nesterov's kind: 1 + beta of Adam's first step
+        expected = 1.9 * named[name].grad.sign()  # type: ignore[union-attr]
+        torch.testing.assert_close(moved[name], expected, rtol=0, atol=0.1)
+
+
+# Rates of their own
+
+
+def rate_of(recipe: Recipe) -> dict[str, float]:
+    """The peak rate of every trainable parameter."""
+    model = DualEncoder(recipe)
+    objective = build_objective(recipe, model)
+    name_of = {id(p): name for module in (model, objective) for name, p in module.named_parameters()}
+    groups = parameter_groups([model, objective], recipe.optimizer)
+    keys = [(group["weight_decay"], group["peak"], group["use_fallback"]) for group in groups]
+    assert len(set(keys)) == len(keys)  # as few groups as can be
+    return {name_of[id(p)]: group["peak"] for group in groups for p in group["params"]}
+
+
+def test_a_rate_for_each_part(tiny: MakeRecipe) -> None:
+    options = [f"optimizer.{part}_lr={rate}" for part, rate in (("image", 1.0), ("text", 2.0), ("head", 3.0))]
+    found = rate_of(tiny("declip", *options, "optimizer.logit_scale_lr=4", "terms.token_wise.dim=8"))
+    expected = {
+        name: 4.0
+        if name.endswith("logit_scale")
+        else 1.0
+        if name.startswith("clip.visual.")
+        else 2.0
+        if name.startswith("clip.")
+        else 3.0
+        for name in found
+    }
+    assert found == expected
+    assert {name.split(".")[0] for name, rate in found.items() if rate == 3} == {"terms", "mask_embedding"}
+    assert {name for name, rate in found.items() if rate == 4} == {
+        *("clip.logit_scale", "terms.token_wise.logit_scale"),
+    }
+    assert set(rate_of(tiny("declip", "optimizer.text_lr=0.1")).values()) == {1e-3, 0.1}
+
+
+def test_rates_that_fall_with_the_depth(tiny: MakeRecipe) -> None:
+    """Factor 0.5 a layer, on each tower's own rate; heads and logit scale keep theirs."""
+    recipe = tiny("declip", "optimizer.layer_decay=0.5", "optimizer.text_lr=0.1", "model.image.layers=3")
+    found = rate_of(recipe)
+    expected = {
+        **{"clip.visual.proj": 1e-3, "clip.visual.transformer.resblocks.2.mlp.c_fc.weight": 5e-4},
+        **{"clip.visual.transformer.resblocks.0.ln_1.bias": 1.25e-4, "clip.visual.conv1.weight": 6.25e-5},
+        **{
+            "clip.ln_final.bias": 0.1,
+            "clip.transformer.resblocks.0.ln_1.bias": 0.05,
+            "clip.token_embedding.weight": 0.025,
+        },
+        **{"clip.logit_scale": 1e-3, "mask_embedding": 1e-3, "terms.masked_language.head.weight": 1e-3},
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_groups_move_at_their_rates(tiny: MakeRecipe) -> None:
+    """The first step of AdamW moves each weight by its own rate, as the loop sets it: rate of the step × peak / lr."""
+    recipe = tiny("clip", "optimizer.layer_decay=0.5", "optimizer.image_lr=0", "optimizer.weight_decay=0")
+    model = DualEncoder(recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer([model], recipe.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-4 * group["peak"] / recipe.optimizer.lr
+    optimizer.step()
+    depths = {"clip.visual.conv1.weight": None, "clip.ln_final.bias": 0, "clip.token_embedding.weight": 2}
+    for name, depth in depths.items():
+        step = 0.0 if depth is None else 3e-4 * 0.5**depth
+        torch.testing.assert_close(before[name] - model.get_parameter(name), torch.full_like(before[name], step))
+
+
+def test_a_rate_for_heads_that_are_not_there(tiny: MakeRecipe) -> None:
+    with pytest.raises(InputError, match=r"optimizer\.head_lr: none of the recipe's terms has a head that learns"):
+        rate_of(tiny("clip", "optimizer.head_lr=0.1"))
+
+
+# The rate beside the batch
+
+
+def scaled(batch: int, lr_batch: int, kind: str = "adamw") -> float:
+    options = {"lr_batch": lr_batch, "kind": kind}
+    return batch_factor(parse_recipe({"optimizer": options, "schedule": {"batch_size": batch}}))
+
+
+def test_rates_go_with_the_batch_up_to_the_one_they_are_meant_for() -> None:
+    assert scaled(4096, 0) == scaled(48, 48) == scaled(32768, 48) == 1
+    assert (scaled(32, 128), scaled(32, 128, "sgd")) == (0.5, 0.25)
+    assert scaled(64, 4096) == 0.125
+
+
+def test_the_loop_learns_at_the_scaled_rate() -> None:
+    values = {"optimizer": {"lr": 0.1, "lr_batch": 128}, "schedule": {"batch_size": 32, "warmup": 0.1}}
+    recipe = parse_recipe(values)
+    assert max(learning_rate(step, 100, recipe) for step in range(100)) == 0.05
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_at_their_own_batch(name: str) -> None:
+    """Rates are as written there, and lower with few pairs; those of the paper and the public code never are."""
+    recipe = load_recipe(name)
+    assert batch_factor(recipe) == 1
+    other = "schedule.batch_size=32"
+    if recipe.method == "best":
+        assert batch_factor(load_recipe(name, [other])) < 1
+        assert batch_factor(load_recipe(name, [other, "method=paper"])) == 1
+    if not name.startswith("siglip") and recipe.method == "best":
+        recipe = load_recipe(name, [other, "method=reference"])
+    if recipe.method == "reference":
+        assert recipe.optimizer.lr_batch == 0
+
+
+# The rate over a run
+
+
+def rates(steps: int, **schedule: float | str) -> list[float]:
     recipe = parse_recipe({"optimizer": {"lr": 0.1}, "schedule": schedule})
     return [learning_rate(step, steps, recipe) for step in range(steps)]
 
@@ -101,3 +247,58 @@ def test_short_runs_learn_something(steps: int, warmup: float) -> None:
     found = rates(steps, warmup=warmup)
     assert min(found) > 0
     assert max(found) == pytest.approx(0.1)
+
+
+def test_constant_with_a_cooldown() -> None:
+    found = rates(20, shape="constant", warmup=0.1, cooldown=0.25, final_lr=0.2)
+    falling = [0.1 * (0.2 + 0.8 * (1 - math.sqrt(step / 5))) for step in range(5)]
+    assert found == pytest.approx([0.05, *[0.1] * 14, *falling])
+    assert rates(20, shape="constant", warmup=0.1) == rates(20, shape="constant", warmup=0.1, cooldown=0.2)
+    assert rates(20, shape="constant", warmup=0.1, cooldown=0) == pytest.approx([0.05, *[0.1] * 19])
+    assert rates(20, shape="constant", start_lr=0.5, warmup=0.1)[-1] == 0  # exactly, as with the reference's cosine
+    assert min(rates(3, shape="constant", warmup=0, cooldown=1)) > 0
+
+
+def recipe_of(**schedule: float | str) -> Recipe:
+    return parse_recipe({"optimizer": {"lr": 0.1}, "schedule": {"batch_size": 8, **schedule}})
+
+
+def test_a_longer_run_begins_alike() -> None:
+    """With the warm-up in pairs, every rate before the cool-down is the same, bit by bit."""
+    recipe = recipe_of(shape="constant", warmup_pairs=40)
+    short, long = (50, recipe), (500, recipe)
+    assert (cooldown_start(*short), cooldown_start(*long)) == (40, 400)
+    assert [learning_rate(step, *short) for step in range(5)] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    assert same_rates(41, short, long)  # the cool-down's first step still has the full rate
+    assert not same_rates(42, short, long)
+    share = recipe_of(shape="constant", warmup=0.1)
+    assert not same_rates(1, (50, share), (500, share))
+    assert same_rates(40, (50, share), (500, recipe_of(shape="constant", warmup_pairs=40)))
+    cosine = recipe_of(warmup_pairs=40)
+    assert same_rates(6, (50, cosine), (500, cosine))
+    assert not same_rates(7, (50, cosine), (500, cosine))
+    assert cooldown_start(50, cosine) == 50
+
+
+def test_no_time_after_the_warmup() -> None:
+    check_schedule(1, recipe_of(warmup_pairs=1))
+    check_schedule(50, recipe_of(shape="constant", warmup_pairs=320))
+    for shape, left in (("constant", 40), ("cosine", 50)):
+        with pytest.raises(
+            InputError, match=f"warmup_pairs = 800 are 100 steps, and a run of 50 steps has {left} before"
+        ):
+            check_schedule(50, recipe_of(shape=shape, warmup_pairs=800))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "says"),
+    [
+        ({"cooldown": 0.1}, "^recipe: schedule: a cosine has no cooldown: leave it out, or set shape = constant"),
+        ({"shape": "constant", "cooldown": 0, "final_lr": 0.1}, "without a cooldown the learning rate never falls to"),
+        ({"shape": "constant", "warmup": 0.9}, "warmup and cooldown are more than the whole run together"),
+        ({"shape": "linear"}, r"schedule\.shape = 'linear' is wrong: input should be 'cosine' or 'constant'"),
+    ],
+)
+def test_schedules_that_cannot_be(schedule: dict[str, float | str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        recipe_of(**schedule)

@@ -7,6 +7,7 @@ import hashlib
 import pickle
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,7 +51,9 @@ def make_run(out: Path, recipe: Recipe) -> None:
 
 
 def _check_same(stored: Recipe, asked: Recipe, where: Path) -> None:
-    difference = first_difference(stored, asked)
+    """Raises InputError where the recipes differ in more than the schedule, which `read_newest` looks at."""
+    same_schedule = asked.schedule.model_copy(update={"batch_size": stored.schedule.batch_size})
+    difference = first_difference(stored.model_copy(update={"schedule": same_schedule}), asked)
     if difference:
         raise InputError(f"{where} was trained with another recipe ({difference}): resume with the same one.")
 
@@ -118,20 +121,26 @@ def write_checkpoint(out: Path, step: int, state: dict[str, Any]) -> None:
     write_atomically(out / "checkpoints" / f"step_{step:08d}.pt", write, durable=True)
 
 
-def read_newest(out: Path, recipe: Recipe, before: int | None = None) -> dict[str, Any]:
+def read_newest(out: Path, recipe: Recipe, before: int | None, fits: Callable[[Recipe, int], bool]) -> dict[str, Any]:
     """The newest intact checkpoint's state; nothing in it is executed (weights_only). Newer ones are removed,
     damaged ones get another name.
 
     before: take one of an earlier step than this, where there is one
-    Raises InputError where none is intact, or the newest is of another recipe or format.
+    fits: whether a checkpoint of that recipe, with another schedule perhaps, and step can be gone on from
+    Raises InputError where none is intact or fits, or the newest is of another recipe or format.
     """
     found = checkpoints(out)
     older = [path for path in found if before is None or step_of(path) < before] or found[-1:]
     damaged: list[Path] = []
+    other = None
     for path in older:
         damage = _damage(path)
         if damage is None:
             state = _load(path, recipe)
+            stored = parse_recipe(state["recipe"], str(path))
+            if not fits(stored, step_of(path)):
+                other = first_difference(stored, recipe)
+                continue
             for bad in damaged:
                 bad.rename(bad.with_suffix(".damaged"))
             for newer in found[: found.index(path)]:
@@ -139,6 +148,11 @@ def read_newest(out: Path, recipe: Recipe, before: int | None = None) -> dict[st
             return state
         damaged.append(path)
         print(f"{path} {damage}: the one before it is taken.", file=sys.stderr)
+    if other is not None:
+        raise InputError(
+            f"{out} was trained with another schedule ({other}), under which the steps done had other learning rates: "
+            "resume with the same one. What can be prolonged is schedule.shape = constant, with schedule.warmup_pairs."
+        )
     raise InputError(f"{out / 'checkpoints'} holds no intact checkpoint: start the run anew with another --out.")
 
 

@@ -20,7 +20,8 @@ class Guard:
 
     A skipped step leaves no trace in weights, optimizer, batch norm or queue. On CUDA all of it happens on the device:
     fused optimizers take no step where `found_inf` is 1, and what became of a step is read when the next one is queued
-    already, so that the device never waits for it. On several ranks `bad` must be made the same on all of them.
+    already, so that the device never waits for it; Muon is not fused, and it does. On several ranks `bad` must be made
+    the same on all of them.
     """
 
     def __init__(self, modules: list[nn.Module], optimizer: torch.optim.Optimizer, options: Safety) -> None:
@@ -52,7 +53,7 @@ class Guard:
         self.averaged = torch.where(bad, self.averaged, (self.averaged + 1).clamp(max=AVERAGED))
         self.average = torch.where(bad, average, average + (loss - average) / self.averaged.clamp(min=1))
         # A fused SGD that skips its very first step would leave its momentum unset.
-        if not _waits(bad) and self.optimizer.state:
+        if not _waits(bad) and self.optimizer.state and self.optimizer.defaults.get("fused"):
             self._step_on_device(bad)
         elif not bad:
             self.optimizer.step()

@@ -35,7 +35,7 @@ from declip.training.heads import start_from
 from declip.training.held_out import HeldOut
 from declip.training.interrupts import Interrupts, interrupts_between_steps
 from declip.training.logging import NoLog, RunLog, cut_metrics
-from declip.training.optimizer import learning_rate
+from declip.training.optimizer import batch_factor, check_schedule, cooldown_start, learning_rate, parameter_groups
 from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tokens
 from declip.training.run import Run
 from declip.training.saving import NoSaver, Saver
@@ -80,9 +80,11 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks) -> Run:
     images = open_images(pairs, recipe.data.cache_gb, recipe.data.broken_limit)
     held_images = open_images(held_pairs, recipe.data.cache_gb, 1.0) if held_pairs else None
     steps = total_steps(recipe, epoch_pairs(recipe, images))
+    check_schedule(steps, recipe)
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
+    parameter_groups([model, objective], recipe.optimizer)  # whether the rates fit the towers
     if recipe.model.start and not going_on:
         start_from(recipe.model, model, objective)
     held_out = None
@@ -90,12 +92,14 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks) -> Run:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
     saver: Saver = NoSaver()
     if out is not None and not ranks.rank:
-        make_run(out, recipe)
-        saver = Saver(out, recipe.engine.keep)
+        if not going_on:
+            make_run(out, recipe)
+        saver = Saver(out, recipe.engine.keep, cooldown_start(steps, recipe))
     run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks)
     if going_on:
         run.read()
         if not ranks.rank:
+            make_run(run.out, recipe)  # the schedule may be another
             cut_metrics(run.out, run.step)
     return run
 
@@ -132,6 +136,9 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
     """Train from the step reached to the end; raises KeyboardInterrupt and Preempted between two steps."""
     recipe, model, ranks = run.recipe, run.model, run.ranks
     if run.step == 0:
+        if (factor := batch_factor(recipe)) != 1:
+            pairs = f"{recipe.schedule.batch_size} pairs instead of optimizer.lr_batch = {recipe.optimizer.lr_batch}"
+            log.say(f"A step has {pairs}: learning rates are {factor:.2f} times those of the recipe.")
         run.save()
         run.saver.wait()  # a disk that is full is found out now, and there is always a checkpoint to go back to
     if run.has_stopped_rising():
@@ -165,9 +172,7 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         norm = torch.nn.utils.clip_grad_norm_(run.parameters, recipe.optimizer.clip_norm or math.inf)
         if skipped := run.guard.step(run.step + 1, agreed.loss, norm, agreed.terms):
             log.say(f"skipped: {skipped}", style="yellow")
-        model.clamp_logit_scale()
-        run.objective.clamp_logit_scale()
-        run.step += 1
+        run.end_step()
 
         if watched and run.device.type == "cuda":
             torch.cuda.synchronize(run.device)  # else what is queued there would take no time
@@ -179,7 +184,7 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
             log.train({**run.row(agreed.loss, agreed.terms, rate, speed), **more})
         if judged:
             best = run.judge(log, float(agreed.loss))
-        if judged or agreed.news.due:
+        if judged or agreed.news.due or run.step == cooldown_start(run.steps, recipe):
             run.save(best)
             saved = time.perf_counter()
         if judged or watched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import shutil
@@ -22,14 +23,16 @@ from declip.model.embed import TokenWise
 from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
 from declip.objectives.objective import Objective
 from declip.ranks import Ranks
-from declip.recipe import Recipe
+from declip.recipe import Recipe, parse_recipe
+from declip.training.average import WeightAverage
 from declip.training.checkpoint import FORMAT, HEADS_BEST, WEIGHTS_BEST, checkpoints, read_newest, step_of
 from declip.training.distributed import Broken, broadcast, collect
 from declip.training.guard import Guard
 from declip.training.heads import heads_of
 from declip.training.held_out import HeldOut
 from declip.training.logging import RunLog, resident_bytes
-from declip.training.optimizer import build_optimizer
+from declip.training.optimizer import build_optimizer, same_rates
+from declip.training.pairs import epoch_pairs, total_steps
 from declip.training.saving import Saver
 from declip.training.watch import Watch
 
@@ -62,14 +65,30 @@ class Run:
             self.token_wise = TokenWise(objective.terms["token_wise"].mappings, not recipe.pads_captions)  # type: ignore[arg-type]
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.average = WeightAverage(self.parameters, recipe.optimizer.ema) if recipe.optimizer.ema else None
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
-        self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
-        self.loss_at_best = math.inf
+        self._forget_best()
         self.roll_backs, self.rate_factor, self.rolled_to = 0, 1.0, -1
         self.guard = Guard([model, objective], self.optimizer, recipe.engine)
         self.watch = Watch(recipe, device, model, objective, images, ranks)
         kept = images.kept or []
         self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
+
+    def _forget_best(self) -> None:
+        self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
+        self.loss_at_best = math.inf
+
+    def end_step(self) -> None:
+        """After the optimizer's step: the logit scales go into their ranges, the weights into their average."""
+        self.model.clamp_logit_scale()
+        self.objective.clamp_logit_scale()
+        if self.average is not None:
+            self.average.update()
+        self.step += 1
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the weights are their moving average, where the recipe asks for one."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def row(self, loss: Tensor, terms: dict[str, Tensor], rate: float, speed: float) -> dict[str, Any]:
         if self.device.type == "cuda":
@@ -90,7 +109,8 @@ class Run:
 
     def judge(self, log: RunLog, loss: float) -> bool:
         """Score the held-out pairs, whether they are the best so far, and warn where the run has begun to overfit."""
-        own = None if self.held_out is None else self.held_out.score(self.model, self.device, self.token_wise)
+        with self.averaged():
+            own = None if self.held_out is None else self.held_out.score(self.model, self.device, self.token_wise)
         metrics = broadcast(own, self.ranks)
         if metrics is None:
             return False
@@ -137,9 +157,10 @@ class Run:
             raise self._no_number()
         weights = {}
         if best:
-            weights[WEIGHTS_BEST] = self.model.clip.state_dict()
-            if heads := heads_of(self.model, self.objective):
-                weights[HEADS_BEST] = heads
+            with self.averaged():
+                weights[WEIGHTS_BEST] = self.model.clip.state_dict()
+                if heads := heads_of(self.model, self.objective):
+                    weights[HEADS_BEST] = heads
         self.saver.save(self.step, self.state(), weights)
 
     def save_at_once(self) -> str:
@@ -154,7 +175,7 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, whole on rank 0; all ranks have to ask for it.
 
-        The weights' moving average and the gradient scaler belong here too.
+        The gradient scaler belongs here too.
         """
         return {
             "format": FORMAT,
@@ -163,6 +184,7 @@ class Run:
             "objective": self.objective.state_dict(),
             "apart": {name: collect(own, self.ranks) for name, own in self._apart().items()},
             "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "guard": self.guard.state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -179,10 +201,21 @@ class Run:
 
         before: one of an earlier step than this, where there is one
         """
-        state = None if self.ranks.rank else read_newest(self.out, self.recipe, before)
-        step = broadcast(0 if state is None else int(state["progress"]["step"]), self.ranks)
-        # The others look when rank 0 has tidied up.
-        self.restore(read_newest(self.out, self.recipe, before=step + 1) if state is None else state)
+        newest = 0 if self.ranks.rank else max((step_of(path) for path in checkpoints(self.out)), default=0)
+        state = None if self.ranks.rank else read_newest(self.out, self.recipe, before, self._goes_on_from)
+        step, newest = broadcast((0 if state is None else int(state["progress"]["step"]), newest), self.ranks)
+        if state is None:  # the others look when rank 0 has tidied up
+            state = read_newest(self.out, self.recipe, step + 1, self._goes_on_from)
+        self.restore(state)
+        if step < newest and parse_recipe(state["recipe"]).schedule != self.recipe.schedule:
+            self._forget_best()  # the best weights in the folder may be of steps that are now taken otherwise
+
+    def _goes_on_from(self, stored: Recipe, step: int) -> bool:
+        """Whether a checkpoint fits: its schedule is this run's, or has had the same learning rates up to its step."""
+        if stored.schedule == self.recipe.schedule:
+            return True
+        steps = total_steps(stored, epoch_pairs(stored, self.images))
+        return same_rates(step, (steps, stored), (self.steps, self.recipe))
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
@@ -195,6 +228,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["peak"] = peak
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.guard.restore(state["guard"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
@@ -250,7 +285,8 @@ class Run:
         }
 
     def _write_model(self) -> None:
-        last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
+        with self.averaged():
+            last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
         for name, best in ((WEIGHTS, self.out / WEIGHTS_BEST), (HEADS, self.out / HEADS_BEST)):
             if best.is_file():
                 write_atomically(self.out / name, functools.partial(shutil.copyfile, best))

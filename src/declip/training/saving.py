@@ -12,7 +12,7 @@ from torch import Tensor
 
 from declip.errors import InputError
 from declip.files import flush_to_disk, remove_temporary, save_weights
-from declip.training.checkpoint import METRICS, checkpoints, write_checkpoint
+from declip.training.checkpoint import METRICS, checkpoints, step_of, write_checkpoint
 
 
 class Saver:
@@ -20,10 +20,13 @@ class Saver:
 
     The copies that it writes from are made anew only where their shapes change, so they hold memory of the size of a
     checkpoint all the time: fresh memory would take several times as long to fill.
+
+    keep: how many are kept, the newest
+    pinned: the step of one that is kept as well, from which the run can be prolonged
     """
 
-    def __init__(self, out: Path, keep: int) -> None:
-        self.out, self.keep = out, keep
+    def __init__(self, out: Path, keep: int, pinned: int | None = None) -> None:
+        self.out, self.keep, self.pinned = out, keep, pinned
         self._copies: dict[str, Tensor] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -81,7 +84,8 @@ class Saver:
             flush_to_disk(self.out / METRICS)  # a checkpoint vouches for the rows up to its step
         write_checkpoint(self.out, step, copied["state"])
         for old in checkpoints(self.out)[self.keep :]:
-            old.unlink(missing_ok=True)
+            if step_of(old) != self.pinned:
+                old.unlink(missing_ok=True)
 
     def _copy(self, value: Any, path: str = "") -> Any:
         if isinstance(value, dict):
