@@ -153,12 +153,7 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         # Known before the forward pass, so that only steps that are logged pay for what a row says of them.
         watched = run.watch.begin(judged or log.every_step or time.perf_counter() - logged + took >= LOG_SECONDS)
         draw_apart(ranks, recipe.seed, run.step)
-        rate = run.rate_factor * learning_rate(run.step, run.steps, recipe)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate * (group["peak"] / recipe.optimizer.lr)
-        if recipe.model.unmasked_end:
-            unmasked = run.step >= run.steps * (1 - recipe.model.unmasked_end)
-            model.leave_out_patches(0.0 if unmasked else recipe.model.patch_dropout)
+        rate = _follow_schedule(run)
         batch = finish_views(batch.to(run.device))
         run.guard.before_forward()
         loss, terms = step(batch)
@@ -196,6 +191,18 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
             break
         interrupts.check(agreed.news if ranks.count > 1 else None)
     run.saver.wait()
+
+
+def _follow_schedule(run: Run) -> float:
+    """Set what changes in the course of a run: learning rates, patches left out; returns the learning rate."""
+    recipe = run.recipe
+    rate = run.rate_factor * learning_rate(run.step, run.steps, recipe)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * (group["peak"] / recipe.optimizer.lr)
+    if recipe.model.unmasked_end:
+        unmasked = run.step >= run.steps * (1 - recipe.model.unmasked_end)
+        run.model.leave_out_patches(0.0 if unmasked else recipe.model.patch_dropout)
+    return rate
 
 
 def batch_maker(run: Run) -> BatchMaker:
