@@ -55,9 +55,9 @@ class Case:
 SENTENCES, FULL = (12, 4), (90, 0)
 CASES = [
     Case("small ResNet, 64 px", (), 128, SENTENCES),
-    Case("ViT-B/32, 224 px", ("model.name=ViT-B-32",), 32, SENTENCES),
-    Case("RN50, 224 px", ("model.name=RN50",), 16, SENTENCES),
-    Case("ViT-B/32, 224 px, captions of 77 tokens", ("model.name=ViT-B-32",), 32, FULL, counts=False),
+    Case("ViT-B/32, 224 px", ("model.name=ViT-B-32",), 16, SENTENCES),
+    Case("RN50, 224 px", ("model.name=RN50",), 8, SENTENCES),
+    Case("ViT-B/32, 224 px, captions of 77 tokens", ("model.name=ViT-B-32",), 16, FULL, counts=False),
 ]
 
 
