@@ -50,6 +50,8 @@ def make_run(out: Path, recipe: Recipe) -> None:
 
 
 def _check_same(stored: Recipe, asked: Recipe, where: Path) -> None:
+    # A checkpoint is whole, however a run's ranks share it out.
+    stored = stored.model_copy(update={"engine": stored.engine.model_copy(update={"shard": asked.engine.shard})})
     difference = first_difference(stored, asked)
     if difference:
         raise InputError(f"{where} was trained with another recipe ({difference}): resume with the same one.")

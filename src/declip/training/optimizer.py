@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from declip.recipe import Optimizer, Recipe
+from declip.training.sharding import own_part
 
 EMBEDDINGS = (
     *("token_embedding", "positional_embedding", "class_embedding", "mask_embedding"),
@@ -17,7 +19,7 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 LOGIT_SCALES = ("logit_scale", "logit_bias")
 
 
-def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[str, object]]:
+def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[str, Any]]:
     """Groups of trainable parameters, those with weight decay first.
 
     Matrices decay; biases, norms, scales and (unless asked) embeddings do not. With `decay_embeddings` the reference's
@@ -60,8 +62,10 @@ def _never_decayed(module: nn.Module) -> set[str]:
 
 
 def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim.Optimizer:
-    """Fused AdamW or Nesterov SGD over the trainable parameters of the modules."""
+    """Fused AdamW or Nesterov SGD over the trainable parameters of the modules, of sharded ones this rank's parts."""
     groups = parameter_groups(modules, options)
+    for group in groups:
+        group["params"] = [own_part(parameter) for parameter in group["params"]]
     if options.kind == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True, fused=True)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)

@@ -25,12 +25,15 @@ from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.checkpoint import FORMAT, HEADS_BEST, WEIGHTS_BEST, checkpoints, read_newest, step_of
 from declip.training.distributed import Broken, broadcast
+from declip.training.gradients import LossScale
 from declip.training.guard import Guard
 from declip.training.heads import heads_of
 from declip.training.held_out import HeldOut
 from declip.training.logging import RunLog, resident_bytes
 from declip.training.optimizer import build_optimizer
 from declip.training.saving import Saver
+from declip.training.sharding import WholeCopy, gather_weights, load_optimizer, load_weights, optimizer_state, shard
+from declip.training.step import Step
 
 MEMORY_SECONDS = 5.0
 
@@ -54,18 +57,27 @@ class Run:
         self.recipe, self.out, self.device, self.held_out, self.steps = recipe, out, device, held_out, steps
         self.images, self.saver, self.ranks = images, saver, ranks
         self.model, self.objective = model.to(device), objective.to(device)
-        if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
-            self.model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
+        # Convolutions are faster so. FSDP2 takes no weights in such an order; images are in it all the same.
+        if device.type != "mps" and not hasattr(model.clip.visual, "transformer") and not recipe.engine.shard:
+            self.model.clip.visual.to(memory_format=torch.channels_last)
         self.token_wise = None
         if recipe.similarity == "token_wise":
             self.token_wise = TokenWise(objective.terms["token_wise"].mappings, not recipe.pads_captions)  # type: ignore[arg-type]
+        self.compute = Step(model, objective, recipe.engine.precision, ranks)
+        self.whole_copy = None
+        if recipe.engine.shard:
+            judged = broadcast(held_out is not None, ranks)
+            mappings = [] if self.token_wise is None else [self.token_wise.mappings]
+            self.whole_copy = WholeCopy([model, *mappings] if judged else [], ranks)
+            shard(self.compute, model.clip, device, ranks)
+        self.loss_scale = LossScale(device, moves=recipe.engine.precision == "float16")
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
         self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
         self.loss_at_best = math.inf
         self.roll_backs, self.rate_factor, self.rolled_to = 0, 1.0, -1
-        self.guard = Guard([model, objective], self.optimizer, recipe.engine)
+        self.guard = Guard([model, objective], self.optimizer, recipe.engine, self.loss_scale)
         kept = images.kept or []
         self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
 
@@ -84,12 +96,12 @@ class Run:
             "lr": rate,
             "samples_per_second": round(speed, 1),
             "skipped": self.guard.skipped,
+            **({"loss_scale": float(self.loss_scale.value)} if self.loss_scale.moves else {}),
         }
 
     def judge(self, log: RunLog, loss: float) -> bool:
         """Score the held-out pairs, whether they are the best so far, and warn where the run has begun to overfit."""
-        own = None if self.held_out is None else self.held_out.score(self.model, self.device, self.token_wise)
-        metrics = broadcast(own, self.ranks)
+        metrics = broadcast(self._score(), self.ranks)
         if metrics is None:
             return False
         if not math.isfinite(metrics["score"]):
@@ -112,6 +124,19 @@ class Run:
             )
         return False
 
+    def _score(self) -> dict[str, float] | None:
+        """The held-out pairs' metrics, on rank 0 alone."""
+        model, token_wise = self.model, self.token_wise
+        if self.whole_copy is not None:
+            copies: list[Any] = self.whole_copy.gather(self.device)
+            if copies:
+                model = copies[0]
+                token_wise = None if token_wise is None else token_wise._replace(mappings=copies[1])
+        metrics = None if self.held_out is None else self.held_out.score(model, self.device, token_wise)
+        if self.whole_copy is not None:
+            self.whole_copy.put_away()
+        return metrics
+
     def has_stopped_rising(self) -> bool:
         patience = self.recipe.evaluation.patience
         return bool(patience) and self.worse_in_a_row >= patience
@@ -131,7 +156,8 @@ class Run:
         """Have a checkpoint written, and the best weights; raises Diverged where the weights are no numbers."""
         self.guard.read(self.step)
         # A sum is not finite where a summand is not, and takes a twentieth of the time of asking each.
-        if not torch.stack([parameter.detach().sum() for parameter in self.parameters]).isfinite().all():
+        sums = torch.stack([parameter.detach().sum() for parameter in self.parameters])
+        if self.ranks.sum((~sums.isfinite()).sum()):
             raise self._no_number()
         weights = {}
         if best:
@@ -150,13 +176,13 @@ class Run:
         return "saved"
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs. The weights' moving average and the gradient scaler belong here too."""
+        """What a resumed run needs, sharded where the model is: `Saver` gathers it, and what it writes is whole."""
         return {
             "format": FORMAT,
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "guard": self.guard.state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -175,10 +201,10 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
-        self.model.load_state_dict(state["model"])
-        self.objective.load_state_dict(state["objective"])
+        load_weights(self.model, state["model"])
+        load_weights(self.objective, state["objective"])
         peaks = [group["peak"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["peak"] = peak
         self.guard.restore(state["guard"])
@@ -216,8 +242,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Turn the run folder into an open_clip model (the best weights) and sum the run up."""
-        if not self.ranks.rank:
-            self._write_model()
+        self._write_model()
         pairs_seen = self.step * self.recipe.schedule.batch_size
         return {
             "run": str(self.out),
@@ -236,7 +261,10 @@ class Run:
         }
 
     def _write_model(self) -> None:
-        last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
+        weights, heads = self.model.clip.state_dict(), heads_of(self.model, self.objective)
+        last = {WEIGHTS: gather_weights(weights, self.ranks), HEADS: gather_weights(heads, self.ranks)}
+        if self.ranks.rank:
+            return
         for name, best in ((WEIGHTS, self.out / WEIGHTS_BEST), (HEADS, self.out / HEADS_BEST)):
             if best.is_file():
                 write_atomically(self.out / name, functools.partial(shutil.copyfile, best))
