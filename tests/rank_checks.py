@@ -78,7 +78,7 @@ METHODS = {
     "siglip": ("clip", ["terms.contrastive=none", "terms.sigmoid.images=2", "model.logit_bias_init=-10"]),
 }
 
-FOUR = ("declip", "siglip")  # of these, what four ranks compute is looked at too
+FOUR = ("declip", "declip, sharded", "siglip")  # of these, what four ranks compute is looked at too
 
 
 def recipe_of(folder: Path, name: str, *overrides: str) -> Recipe:

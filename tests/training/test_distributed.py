@@ -12,21 +12,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import TERMS, TINY, pair, write_pairs
-from rank_checks import FOUR, METHODS, four_ranks, made_norm, recipe_of, run_recipe, spawn, steps_of, two_ranks
+from rank_checks import FOUR, METHODS, RESNET, four_ranks, made_norm, recipe_of, run_recipe, spawn, steps_of, two_ranks
 from safetensors.torch import load_file
+from torch import nn
 
 from declip.errors import InputError
+from declip.model.dual_encoder import DualEncoder
 from declip.ranks import ALONE
 from declip.recipe import Recipe
-from declip.training import distributed, launch, loop
+from declip.training import distributed, launch, loop, sharding
 from declip.training.checkpoint import checkpoints, step_of
 from declip.training.distributed import joined_ranks, local_device
 from declip.training.logging import read_metrics
+from declip.training.sharding import image_blocks, text_blocks
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +284,32 @@ def test_a_batch_that_cannot_be_split(tiny: Callable[..., Recipe], as_rank: Call
     )
     as_rank(count=16)
     assert "into 16 equal parts" in refused(tiny())
+
+
+def test_sharding_needs_several_ranks(tiny: Callable[..., Recipe]) -> None:
+    assert refused(tiny("clip", "engine.shard=true")) == (
+        "engine.shard shares a model out among several ranks, and there is one: start more (--gpus N or torchrun), or "
+        "set engine.shard=false."
+    )
+
+
+def test_blocks_of_towers(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered at once; a tower whose blocks are not known is refused."""
+    convnext = DualEncoder(tiny("clip", "model.image.timm_model_name=test_convnext", "model.image.image_size=64")).clip
+    assert image_blocks(convnext) == list(convnext.visual.trunk.stages)
+    resnet = DualEncoder(tiny("clip", *RESNET)).clip
+    assert image_blocks(resnet) == [getattr(resnet.visual, f"layer{number}") for number in (1, 2, 3, 4)]
+    vit = DualEncoder(tiny("clip", "model.image.layers=3", "model.text.layers=2")).clip
+    assert (len(image_blocks(vit)), len(text_blocks(vit))) == (3, 2)
+    del convnext.visual.trunk.stages
+    with pytest.raises(InputError, match=r"engine\.shard: this image tower does not say which its blocks are"):
+        image_blocks(convnext)
+    monkeypatch.setattr(sharding, "is_huggingface", lambda clip: True)
+    vit.text = SimpleNamespace(transformer=nn.Sequential(nn.ModuleList([vit.visual])))
+    assert text_blocks(vit) == list(vit.visual.transformer.resblocks)
+    vit.text.transformer = nn.Linear(2, 2)
+    with pytest.raises(InputError, match=r"engine\.shard: this text tower has no list of layers"):
+        text_blocks(vit)
 
 
 def test_a_port_in_use(tiny: Callable[..., Recipe], as_rank: Callable[..., None]) -> None:

@@ -56,10 +56,7 @@ class Run:
     ) -> None:
         self.recipe, self.out, self.device, self.held_out, self.steps = recipe, out, device, held_out, steps
         self.images, self.saver, self.ranks = images, saver, ranks
-        self.model, self.objective = model.to(device), objective.to(device)
-        # Convolutions are faster so. FSDP2 takes no weights in such an order; images are in it all the same.
-        if device.type != "mps" and not hasattr(model.clip.visual, "transformer") and not recipe.engine.shard:
-            self.model.clip.visual.to(memory_format=torch.channels_last)
+        self.model, self.objective = model, objective
         self.token_wise = None
         if recipe.similarity == "token_wise":
             self.token_wise = TokenWise(objective.terms["token_wise"].mappings, not recipe.pads_captions)  # type: ignore[arg-type]
@@ -70,6 +67,10 @@ class Run:
             mappings = [] if self.token_wise is None else [self.token_wise.mappings]
             self.whole_copy = WholeCopy([model, *mappings] if judged else [], ranks)
             shard(self.compute, model.clip, device, ranks)
+        else:
+            self.compute.to(device)
+            if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
+                model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
         self.loss_scale = LossScale(device, moves=recipe.engine.precision == "float16")
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
