@@ -30,7 +30,7 @@ from declip.training import distributed, launch, loop, sharding
 from declip.training.checkpoint import checkpoints, step_of
 from declip.training.distributed import joined_ranks, local_device
 from declip.training.logging import read_metrics
-from declip.training.sharding import image_blocks, text_blocks
+from declip.training.sharding import tower_blocks
 
 
 @pytest.fixture(scope="module")
@@ -295,21 +295,30 @@ def test_sharding_needs_several_ranks(tiny: Callable[..., Recipe]) -> None:
 
 def test_blocks_of_towers(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is gathered at once; a tower whose blocks are not known is refused."""
-    convnext = DualEncoder(tiny("clip", "model.image.timm_model_name=test_convnext", "model.image.image_size=64")).clip
-    assert image_blocks(convnext) == list(convnext.visual.trunk.stages)
-    resnet = DualEncoder(tiny("clip", *RESNET)).clip
-    assert image_blocks(resnet) == [getattr(resnet.visual, f"layer{number}") for number in (1, 2, 3, 4)]
-    vit = DualEncoder(tiny("clip", "model.image.layers=3", "model.text.layers=2")).clip
-    assert (len(image_blocks(vit)), len(text_blocks(vit))) == (3, 2)
+    text = "model.text.layers=2"
+    convnext = DualEncoder(
+        tiny("clip", "model.image.timm_model_name=test_convnext", "model.image.image_size=64", text)
+    ).clip
+    layers = list(convnext.transformer.resblocks)
+    assert tower_blocks(convnext) == [*convnext.visual.trunk.stages, *layers]
+    resnet = DualEncoder(tiny("clip", *RESNET, text)).clip
+    stages = [getattr(resnet.visual, f"layer{number}") for number in (1, 2, 3, 4)]
+    assert tower_blocks(resnet) == [*stages, *resnet.transformer.resblocks]
+    vit = DualEncoder(tiny("clip", "model.image.layers=3", text)).clip
+    assert tower_blocks(vit) == [*vit.visual.transformer.resblocks, *vit.transformer.resblocks]
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "is_huggingface", lambda clip: True)
+        vit.text = SimpleNamespace(transformer=nn.Sequential(nn.ModuleList([vit.visual])))
+        assert tower_blocks(vit) == [*vit.visual.transformer.resblocks] * 2
+        vit.text.transformer = nn.Linear(2, 2)
+        with pytest.raises(InputError, match=r"engine\.shard: this text tower has no list of layers"):
+            tower_blocks(vit)
     del convnext.visual.trunk.stages
     with pytest.raises(InputError, match=r"engine\.shard: this image tower does not say which its blocks are"):
-        image_blocks(convnext)
-    monkeypatch.setattr(sharding, "is_huggingface", lambda clip: True)
-    vit.text = SimpleNamespace(transformer=nn.Sequential(nn.ModuleList([vit.visual])))
-    assert text_blocks(vit) == list(vit.visual.transformer.resblocks)
-    vit.text.transformer = nn.Linear(2, 2)
-    with pytest.raises(InputError, match=r"engine\.shard: this text tower has no list of layers"):
-        text_blocks(vit)
+        tower_blocks(convnext)
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
+    with pytest.raises(InputError, match=r"engine\.shard needs PyTorch 2\.7 or later, this is 2\.6\.0"):
+        tower_blocks(resnet)
 
 
 def test_a_port_in_use(tiny: Callable[..., Recipe], as_rank: Callable[..., None]) -> None:

@@ -40,6 +40,7 @@ from declip.training.optimizer import learning_rate
 from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tokens
 from declip.training.run import Run
 from declip.training.saving import NoSaver, Saver
+from declip.training.sharding import tower_blocks
 from declip.training.step import pick_device
 
 LOG_SECONDS = 0.5
@@ -79,6 +80,8 @@ def _set_up(recipe: Recipe, out: Path, resume: bool, ranks: Ranks) -> Run:
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
+    if recipe.engine.shard:
+        tower_blocks(model.clip)  # whether they can be sharded
     if recipe.model.start and not going_on:
         start_from(recipe.model, model, objective)
     held_out = None

@@ -31,10 +31,9 @@ def shard(step: Step, clip: Towers, device: torch.device, ranks: Ranks) -> None:
     The towers are still on the CPU, and block by block what is this rank's goes to the device. Blocks gather their
     matrices in the precision that autocast computes in; gradients are averaged in float32. Weights are not put into the
     order that convolutions are fastest in, which FSDP2 does not take; images are.
-    Raises InputError where a tower does not say which its blocks are, or PyTorch is too old.
+    Raises InputError as `tower_blocks` does.
     """
-    if torch.torch_version.TorchVersion(torch.__version__) < "2.7":
-        raise InputError(f"engine.shard needs PyTorch 2.7 or later, this is {torch.__version__}: leave it out.")
+    blocks = tower_blocks(clip)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -42,15 +41,21 @@ def shard(step: Step, clip: Towers, device: torch.device, ranks: Ranks) -> None:
     options: Any = {"mesh": init_device_mesh(device.type, (ranks.count,)), "ignored_params": vectors}
     dtype = compute_dtype(device, step.precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [*image_blocks(clip), *text_blocks(clip)]:
+    for block in blocks:
         fully_shard(block, mp_policy=policy, **options)
     fully_shard(step, **options)
     for vector in vectors:
         vector.data = vector.data.to(device)
 
 
-def image_blocks(clip: Towers) -> list[nn.Module]:
-    """The parts of an image tower that compute one after the other; raises InputError where they are not known."""
+def tower_blocks(clip: Towers) -> list[nn.Module]:
+    """What is gathered at once, of both towers; raises InputError where one does not say, or PyTorch is too old."""
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.7":
+        raise InputError(f"engine.shard needs PyTorch 2.7 or later, this is {torch.__version__}: leave it out.")
+    return [*_image_blocks(clip), *_text_blocks(clip)]
+
+
+def _image_blocks(clip: Towers) -> list[nn.Module]:
     from open_clip.transformer import VisionTransformer
 
     tower = clip.visual
@@ -64,8 +69,7 @@ def image_blocks(clip: Towers) -> list[nn.Module]:
     raise InputError("engine.shard: this image tower does not say which its blocks are, it cannot be sharded.")
 
 
-def text_blocks(clip: Towers) -> list[nn.Module]:
-    """The layers of a text tower; raises InputError where it has no list of them."""
+def _text_blocks(clip: Towers) -> list[nn.Module]:
     if not is_huggingface(clip):
         return list(transformer_of(clip).transformer.resblocks)
     lists: list[Any] = [
@@ -73,7 +77,8 @@ def text_blocks(clip: Towers) -> list[nn.Module]:
     ]
     if not lists:
         raise InputError("engine.shard: this text tower has no list of layers, it cannot be sharded.")
-    return list(max(lists, key=len))
+    longest: Any = max(lists, key=len)
+    return list(longest)
 
 
 def is_shard(tensor: Tensor) -> bool:
