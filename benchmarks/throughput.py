@@ -236,7 +236,7 @@ def profile(steps: int, threads: int) -> dict[str, dict[str, float]]:
             ("backward", torch.Tensor, "backward"),
             ("AdamW", torch.optim.AdamW, "step"),
         ]
-        parts = [*everywhere, ("gradient clipping", torch.nn.utils, "clip_grad_norm_")]
+        parts = [*everywhere, ("gradient clipping", loop, "clip_gradients")]
         parts += [(f"term {term} forward", getattr(objective, term), "forward") for term in terms]
         clock = run_declip(recipe, parts)
         counted = clock.parts[clock.first : -1]  # nothing ends the last one

@@ -42,12 +42,18 @@ from declip.training.distributed import (
     share_gradients,
 )
 from declip.training.estimate import estimate
+from declip.training.gradients import LossScale, clip_gradients
+from declip.training.optimizer import build_optimizer
+from declip.training.sharding import is_shard, load_optimizer, optimizer_state, shard, whole
 from declip.training.step import Step
 
 BATCHES = (0, 1, 5)  # the last of another epoch, when the queue holds the same pairs
 RESNET = ["model.image.layers=[1,1,1,1]", "model.image.width=8", "model.image.image_size=32"]
 SIMCLR = ["terms.simclr.width=32", "terms.simclr.dim=16"]
 TOP_3 = ["terms.token_wise.dim=8", "terms.token_wise.top_k=3"]
+SHARD = ["engine.shard=true", "model.image.layers=3", "model.text.layers=3"]
+SHARDED = ("engine.shard=true", "optimizer.ema=0")
+ROLL_BACK = ["engine.on_divergence=roll_back", "engine.skip_limit=0"]
 # By name: the recipe of conftest, what is changed in it.
 METHODS = {
     "clip": ("clip", ["model.logit_scale_cap=10"]),
@@ -66,10 +72,17 @@ METHODS = {
     "filip": ("clip", ["terms.contrastive=none", "terms.token_wise.dim=8"]),
     "filip, top 3": ("clip", [*TOP_3, "terms.token_wise.images=2"]),
     "defilip": ("declip", [*TOP_3, "terms.token_wise.mask_padding=false"]),
+    "clip, sharded": ("clip", [*SHARD, "model.logit_scale_cap=10"]),
+    "clip, a ResNet, sharded": ("clip", ["engine.shard=true", *RESNET]),
+    "declip, sharded": ("declip", SHARD),
+    "declip, sharded, recomputed": ("declip", [*SHARD, "engine.micro_batch=3", "engine.grad_checkpointing=true"]),
+    "defilip, sharded": ("declip", [*SHARD, *TOP_3]),
+    "clip, bfloat16": ("clip", ["engine.precision=bfloat16"]),
+    "clip, bfloat16, sharded": ("clip", ["engine.precision=bfloat16", "engine.shard=true"]),
     "siglip": ("clip", ["terms.contrastive=none", "terms.sigmoid.images=2", "model.logit_bias_init=-10"]),
 }
 
-FOUR = ("declip", "siglip")  # of these, what four ranks compute is looked at too
+FOUR = ("declip", "declip, sharded", "siglip")  # of these, what four ranks compute is looked at too
 
 
 def recipe_of(folder: Path, name: str, *overrides: str) -> Recipe:
@@ -87,7 +100,13 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     if ranks.count > 1 and recipe.engine.sync_batch_norm:
         synchronise(model, ranks)
         synchronise(objective, ranks)
-    step = share_gradients(Step(model, objective, "float32", ranks), ranks)
+    step: nn.Module = Step(model, objective, recipe.engine.precision, ranks)
+    if ranks.count > 1 and recipe.engine.shard:
+        shard(step, model.clip, torch.device("cpu"), ranks)
+    step = share_gradients(step, ranks)
+    optimizer = build_optimizer([model, objective], recipe.optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    unscaled = LossScale(torch.device("cpu"), moves=False)
     images = open_images(open_sources(recipe.data.train, recipe.data), 1, 1)
     towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
     maker = BatchMaker(images, recipe, *towers, rank=ranks.rank, ranks=ranks.count)
@@ -96,17 +115,28 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     for number in BATCHES:
         batch = maker.make(number)
         draw_apart(ranks, 0, number)
+        step.zero_grad()
         loss, terms = step(batch)
         agreed = agree(ranks, loss, terms, News(((ranks.rank, "", ""),)))
         assert [pair[0] for pair in agreed.news.broken] == list(range(ranks.count))
-        step.zero_grad()
         loss.backward()
-        losses = {"loss": agreed.loss, **agreed.terms}
+        sharded = {name: whole(p.grad).clone() for name, p in named if is_shard(p) and p.grad is not None}
+        norm = clip_gradients(parameters, math.inf, ranks, unscaled)
+        losses = {"loss": agreed.loss, **agreed.terms, "norm of the gradient": norm}
         found["losses"].append({name: float(value.detach()) for name, value in losses.items()})
-        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in named}
+        gradients = {name: None if p.grad is None else p.grad.clone() for name, p in named} | sharded
         found["gradients"].append(gradients)
+    optimizer.step()
+    found["optimizer"] = whole_states(optimizer)
+    load_optimizer(optimizer, {**optimizer_state(optimizer), "state": found["optimizer"]})
+    found["optimizer again"] = whole_states(optimizer)
     found["buffers"] = {name: t for part in (model, objective) for name, t in part.named_buffers()}
     return found
+
+
+def whole_states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, torch.Tensor]]:
+    states = optimizer_state(optimizer)["state"]
+    return {number: {name: whole(t).clone() for name, t in state.items()} for number, state in states.items()}
 
 
 def as_rank(rank: int, count: int, port: int) -> None:
@@ -163,8 +193,7 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
 
     as_rank(rank, count, next(left))
     with spoilt_at(5 if rank == 1 else None):
-        rolled_back = ("engine.on_divergence=roll_back", "engine.skip_limit=0")
-        summary = loop.train(run_recipe(folder, *rolled_back), folder / "rolled back", quiet=True)
+        summary = loop.train(run_recipe(folder, *ROLL_BACK), folder / "rolled back", quiet=True)
     (folder / f"rolled back {rank}.json").write_text(json.dumps(summary))
 
     apart = "terms.nearest_neighbour.queue_per_rank=true"
@@ -183,6 +212,7 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
     as_rank(rank, count, next(left))
     (folder / f"estimate {rank}.json").write_text(json.dumps(estimate(run_recipe(folder), price=3.0)))
 
+    sharded_runs(rank, count, folder, left)
     ends = (("stopped", 3, signal.SIGINT), ("preempted", 3, signal.SIGTERM), ("killed", 6, signal.SIGKILL))
     for name, step, number in ends:
         as_rank(rank, count, next(left))
@@ -192,6 +222,19 @@ def two_ranks(rank: int, count: int, folder: Path, ports: list[int]) -> None:
         except (KeyboardInterrupt, Preempted, RankLost) as error:
             (folder / f"{name} {rank}").write_text(str(error))
     os._exit(0)  # nothing is tidied up after a lost rank
+
+
+def sharded_runs(rank: int, count: int, folder: Path, left: Iterator[int]) -> None:
+    """One that goes back; one that is stopped; one that goes on where ranks that each held all have stopped."""
+    as_rank(rank, count, next(left))
+    with spoilt_at(5 if rank == 1 else None):
+        loop.train(run_recipe(folder, *SHARDED, *ROLL_BACK), folder / "rolled back, sharded", quiet=True)
+    for name, options in (("stopped, sharded", SHARDED), ("stopped, then sharded", SHARDED[1:])):
+        as_rank(rank, count, next(left))
+        with contextlib.suppress(KeyboardInterrupt), signal_at(3, signal.SIGINT if rank == 1 else None):
+            loop.train(run_recipe(folder, *options), folder / name, quiet=True)
+    as_rank(rank, count, next(left))
+    loop.train(run_recipe(folder, *SHARDED), folder / "stopped, then sharded", resume=True, quiet=True)
 
 
 def run_recipe(folder: Path, *more: str) -> Recipe:

@@ -83,8 +83,10 @@ class Model(Section):
 
 class Engine(Safety):
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the best there is")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 autocast where the device computes in it, else float32"
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="autocast; auto: bfloat16 where the device computes in it, else float32; float16, for GPUs without "
+        "bfloat16, with a loss scale",
     )
     threads: int | None = Field(None, gt=0, description="CPU threads for the towers (default: PyTorch's choice)")
     compile: bool = Field(False, description="torch.compile the towers")
@@ -96,6 +98,11 @@ class Engine(Safety):
     )
     grad_checkpointing: bool = Field(
         False, description="keep the inputs of the towers' blocks alone and compute the rest again: less memory"
+    )
+    shard: bool = Field(
+        False,
+        description="for towers too large for one GPU: several ranks share out weights, gradients and the optimizer's "
+        "state (FSDP2) instead of each holding all",
     )
     sync_batch_norm: bool = Field(
         True,
@@ -143,6 +150,8 @@ class Recipe(Section):
             raise ValueError(
                 "engine.compile does not go with engine.micro_batch or engine.grad_checkpointing: leave it"
             )
+        if self.engine.shard and (self.optimizer.ema or self.optimizer.kind == "muon"):
+            raise ValueError("engine.shard goes with neither optimizer.ema nor optimizer.kind = muon: leave one out")
         if self.model.unmasked_end and not self.model.patch_dropout:
             raise ValueError("model.unmasked_end ends model.patch_dropout, which is 0: set that too")
         return self

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from made import cosine, features
 from rank_checks import (
     FOUR,
     METHODS,
+    RESNET,
     four_ranks,
     made_norm,
     prolonged_recipe,
@@ -33,14 +35,17 @@ from rank_checks import (
     two_ranks,
 )
 from safetensors.torch import load_file
+from torch import nn
 
 from declip.errors import InputError
+from declip.model.dual_encoder import DualEncoder
 from declip.ranks import ALONE
 from declip.recipe import Recipe
-from declip.training import distributed, launch, loop
+from declip.training import distributed, launch, loop, sharding
 from declip.training.checkpoint import checkpoints, step_of
 from declip.training.distributed import joined_ranks, local_device
 from declip.training.logging import read_metrics
+from declip.training.sharding import tower_blocks
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [pair(number) for number in range(40)]
     rows[7]["image"] = b"no image"
     write_pairs(folder / "pairs.parquet", rows)
-    context = spawn(two_ranks, folder, 2, meetings=12)
+    context = spawn(two_ranks, folder, 2, meetings=16)
     for process in context.processes:
         process.join(300)
     codes = [process.exitcode for process in context.processes]
@@ -79,9 +84,32 @@ def assert_as_one(folder: Path, name: str, count: int) -> None:
             torch.testing.assert_close(found["buffers"][buffer], tensor, rtol=1e-5, atol=1e-5, msg=buffer)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if "bfloat16" not in name])
 def test_two_ranks_compute_what_one_process_does(folder: Path, name: str) -> None:
     assert_as_one(folder, name, 2)
+
+
+@pytest.mark.parametrize("name", ["declip", "declip, sharded"])
+def test_the_optimizer_of_two_ranks_has_the_state_of_one(folder: Path, name: str) -> None:
+    """Whole, it may be loaded anywhere; and ranks that share it out find what it was."""
+    one = steps_of(recipe_of(folder, name), ALONE)["optimizer"]
+    for rank in range(2):
+        found = torch.load(folder / f"{name} {rank} of 2.pt")
+        assert found["optimizer"].keys() == one.keys()
+        for number, state in one.items():
+            for part, tensor in state.items():
+                own = found["optimizer"][number][part]
+                torch.testing.assert_close(own, tensor, rtol=1e-3, atol=1e-5, msg=f"{number} {part}")
+                assert torch.equal(found["optimizer again"][number][part], own)
+
+
+def test_sharded_in_bfloat16(folder: Path) -> None:
+    """Blocks gather bfloat16, which autocast would make of what they gathered: nothing else changes."""
+    found = [torch.load(folder / f"clip, bfloat16{sharded} 0 of 2.pt") for sharded in ("", ", sharded")]
+    assert found[1]["losses"] == [pytest.approx(losses, rel=1e-5) for losses in found[0]["losses"]]
+    for gradients, others in zip(*(each["gradients"] for each in found), strict=True):
+        for name, gradient in gradients.items():
+            assert gradient is None or (others[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
 
 
 def test_four_ranks_compute_what_one_process_does(folder: Path) -> None:
@@ -150,8 +178,9 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert states[0][part].keys() == states[1][part].keys()
         for name, tensor in states[0][part].items():
             torch.testing.assert_close(states[1][part][name], tensor, rtol=1e-4, atol=1e-4, msg=name)
-    for average in zip(*(state["average"]["average"] for state in states), strict=True):
-        torch.testing.assert_close(*average, rtol=1e-4, atol=1e-4)
+    if all(state["average"] for state in states):  # sharded runs have none
+        for average in zip(*(state["average"]["average"] for state in states), strict=True):
+            torch.testing.assert_close(*average, rtol=1e-4, atol=1e-4)
     finished = [load_file(run / "open_clip_model.safetensors") for run in (one, other)]
     assert finished[0].keys() == finished[1].keys()
     rows = [read_metrics(run) for run in (one, other)]
@@ -226,6 +255,22 @@ def test_what_two_ranks_began_one_process_ends(folder: Path, one_process: Path, 
         patch.setattr(loop, "LOG_SECONDS", 0.0)
         loop.train(run_recipe(folder), folder / end, resume=True, quiet=True)
     assert_same_end(one_process, folder / end)
+
+
+def test_sharded_ranks_go_back_as_others_do(folder: Path) -> None:
+    assert_same_end(folder / "rolled back", folder / "rolled back, sharded")
+
+
+def test_what_sharded_ranks_began_one_process_ends(folder: Path, one_process: Path) -> None:
+    assert step_of(checkpoints(folder / "stopped, sharded")[0]) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_SECONDS", 0.0)
+        loop.train(run_recipe(folder, "optimizer.ema=0"), folder / "stopped, sharded", resume=True, quiet=True)
+    assert_same_end(one_process, folder / "stopped, sharded")
+
+
+def test_what_others_began_sharded_ranks_end(folder: Path, one_process: Path) -> None:
+    assert_same_end(one_process, folder / "stopped, then sharded")
 
 
 # `--gpus N`, and what can go wrong
@@ -307,6 +352,41 @@ def test_a_batch_that_cannot_be_split(tiny: Callable[..., Recipe], as_rank: Call
     )
     as_rank(count=16)
     assert "into 16 equal parts" in refused(tiny())
+
+
+def test_sharding_needs_several_ranks(tiny: Callable[..., Recipe]) -> None:
+    assert refused(tiny("clip", "engine.shard=true")) == (
+        "engine.shard shares a model out among several ranks, and there is one: start more (--gpus N or torchrun), or "
+        "set engine.shard=false."
+    )
+
+
+def test_blocks_of_towers(tiny: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gathered at once; a tower whose blocks are not known is refused."""
+    text = "model.text.layers=2"
+    convnext = DualEncoder(
+        tiny("clip", "model.image.timm_model_name=test_convnext", "model.image.image_size=64", text)
+    ).clip
+    layers = list(convnext.transformer.resblocks)
+    assert tower_blocks(convnext) == [*convnext.visual.trunk.stages, *layers]
+    resnet = DualEncoder(tiny("clip", *RESNET, text)).clip
+    stages = [getattr(resnet.visual, f"layer{number}") for number in (1, 2, 3, 4)]
+    assert tower_blocks(resnet) == [*stages, *resnet.transformer.resblocks]
+    vit = DualEncoder(tiny("clip", "model.image.layers=3", text)).clip
+    assert tower_blocks(vit) == [*vit.visual.transformer.resblocks, *vit.transformer.resblocks]
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "is_huggingface", lambda clip: True)
+        vit.text = SimpleNamespace(transformer=nn.Sequential(nn.ModuleList([vit.visual])))
+        assert tower_blocks(vit) == [*vit.visual.transformer.resblocks] * 2
+        vit.text.transformer = nn.Linear(2, 2)
+        with pytest.raises(InputError, match=r"engine\.shard: this text tower has no list of layers"):
+            tower_blocks(vit)
+    del convnext.visual.trunk.stages
+    with pytest.raises(InputError, match=r"engine\.shard: this image tower does not say which its blocks are"):
+        tower_blocks(convnext)
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
+    with pytest.raises(InputError, match=r"engine\.shard needs PyTorch 2\.7 or later, this is 2\.6\.0"):
+        tower_blocks(resnet)
 
 
 def test_a_port_in_use(tiny: Callable[..., Recipe], as_rank: Callable[..., None]) -> None:

@@ -20,11 +20,13 @@ from declip.safety import Safety
 from declip.training import guard as guard_module
 from declip.training import loop
 from declip.training.checkpoint import checkpoints
+from declip.training.gradients import LossScale
 from declip.training.guard import Guard
 from declip.training.logging import read_metrics
 from declip.training.loop import train
 from declip.training.optimizer import build_optimizer
 
+UNSCALED = LossScale(torch.device("cpu"), moves=False)
 MakeRecipe = Callable[..., Recipe]
 
 
@@ -194,7 +196,7 @@ def test_steps_on_a_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
         optimizer = build_optimizer([model], Optimizer(kind=kind, lr=0.1))
-        guard = Guard([model], optimizer, Safety(skip_limit=5))
+        guard = Guard([model], optimizer, Safety(skip_limit=5), UNSCALED)
         monkeypatch.setattr(guard_module, "_waits", lambda tensor, on_device=on_device: not on_device)
         said = []
         for step in range(1, 9):
@@ -218,7 +220,7 @@ def test_steps_on_a_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_skipped_steps_long_ago_do_not_count() -> None:
     model = nn.Linear(2, 2)
-    guard = Guard([model], torch.optim.AdamW(model.parameters(), fused=True), Safety(skip_limit=1))
+    guard = Guard([model], torch.optim.AdamW(model.parameters(), fused=True), Safety(skip_limit=1), UNSCALED)
     loss, bad = torch.tensor(1.0), torch.tensor(math.nan)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -103,6 +103,12 @@ def test_compiling_is_refused(folder: Path) -> None:
         recipe_of(folder, "clip", "engine.compile=true", "engine.micro_batch=3")
 
 
+def test_sharding_with_what_looks_at_whole_matrices_is_refused(folder: Path) -> None:
+    for other in ("optimizer.ema=0.9", "optimizer.kind=muon"):
+        with pytest.raises(InputError, match=r"engine\.shard goes with neither optimizer\.ema nor"):
+            recipe_of(folder, "clip", "engine.shard=true", other)
+
+
 def test_a_timm_tower_with_batch_norm_is_refused(folder: Path) -> None:
     tower = ["model.image.timm_model_name=resnet18", "model.image.image_size=32", "model.image.timm_proj=linear"]
     with pytest.raises(InputError, match="would count each batch twice"):

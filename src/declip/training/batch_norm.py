@@ -67,8 +67,8 @@ def _forward(norm: Any, ranks: Ranks, x: Tensor) -> Tensor:
     y, mean, var = _Normalise.apply(x, norm.weight, norm.bias, norm.eps, ranks.count)
     elements = ranks.count * x.numel() / x.shape[1]
     with torch.no_grad():
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * elements / (elements - 1), norm.momentum)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        norm.running_var.lerp_((var * elements / (elements - 1)).to(norm.running_var.dtype), norm.momentum)
         norm.num_batches_tracked += 1
     for after in ("drop", "act"):  # of timm's BatchNormAct2d
         y = getattr(norm, after)(y) if hasattr(norm, after) else y

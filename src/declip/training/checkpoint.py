@@ -53,7 +53,9 @@ def make_run(out: Path, recipe: Recipe) -> None:
 def _check_same(stored: Recipe, asked: Recipe, where: Path) -> None:
     """Raises InputError where the recipes differ in more than the schedule, which `read_newest` looks at."""
     same_schedule = asked.schedule.model_copy(update={"batch_size": stored.schedule.batch_size})
-    difference = first_difference(stored.model_copy(update={"schedule": same_schedule}), asked)
+    # A checkpoint is whole, however a run's ranks share it out.
+    engine = stored.engine.model_copy(update={"shard": asked.engine.shard})
+    difference = first_difference(stored.model_copy(update={"schedule": same_schedule, "engine": engine}), asked)
     if difference:
         raise InputError(f"{where} was trained with another recipe ({difference}): resume with the same one.")
 

@@ -25,6 +25,7 @@ from declip.errors import InputError, RankLost, first_line
 from declip.ranks import ALONE, Ranks
 from declip.recipe import Recipe
 from declip.training.checkpoint import first_difference
+from declip.training.sharding import is_sharded
 
 # How long a rank waits for another that lives. One that has ended is noticed at once; judging and saving take a while.
 PATIENCE = timedelta(minutes=30)
@@ -45,6 +46,11 @@ def joined_ranks(recipe: Recipe) -> Iterator[Ranks]:
     Raises InputError where they do not, or where they cannot meet, and RankLost where one of them ends.
     """
     if ranks_asked() == 1:
+        if recipe.engine.shard:
+            raise InputError(
+                "engine.shard shares a model out among several ranks, and there is one: start more (--gpus N or "
+                "torchrun), or set engine.shard=false."
+            )
         yield ALONE
         return
     ranks = Ranks(int(os.environ["RANK"]), ranks_asked())
@@ -160,8 +166,11 @@ def collect(own: Tensor, ranks: Ranks) -> list[Tensor]:
 
 
 def share_gradients(step: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module in DistributedDataParallel, which averages the ranks' gradients while they are computed."""
-    if ranks.count == 1:
+    """The module in DistributedDataParallel, which averages the ranks' gradients while they are computed.
+
+    One that is sharded does so by itself.
+    """
+    if ranks.count == 1 or is_sharded(step):
         return step
     # Some parameters may have no part in the loss, say a projection that no term uses. In a graph that stays the same
     # DDP finds them once. Buffers are the same on all ranks, or each rank's own.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from declip.errors import Diverged
 from declip.safety import Safety
+from declip.training.gradients import LossScale
 
 AVERAGED = 100  # about so many losses are averaged, and among so many steps the skipped ones are counted
 
@@ -20,12 +21,17 @@ class Guard:
 
     A skipped step leaves no trace in weights, optimizer, batch norm or queue. On CUDA all of it happens on the device:
     fused optimizers take no step where `found_inf` is 1, and what became of a step is read when the next one is queued
-    already, so that the device never waits for it; Muon is not fused, and it does. On several ranks `bad` must be made
-    the same on all of them.
+    already, so that the device never waits for it; Muon is not fused, and it does. On several ranks loss and norm must
+    be the same on all of them.
+
+    scale: what the loss was multiplied with. While it is above 1, gradients that overflow are its own doing: such steps
+        are skipped, and it falls, but they are not counted.
     """
 
-    def __init__(self, modules: list[nn.Module], optimizer: torch.optim.Optimizer, options: Safety) -> None:
-        self.optimizer, self.options = optimizer, options
+    def __init__(
+        self, modules: list[nn.Module], optimizer: torch.optim.Optimizer, options: Safety, scale: LossScale
+    ) -> None:
+        self.optimizer, self.options, self.scale = optimizer, options, scale
         saved = {id(tensor) for module in modules for tensor in module.state_dict(keep_vars=True).values()}
         self.buffers = [buffer for module in modules for buffer in module.buffers() if id(buffer) in saved]
         self.before = [buffer.clone() for buffer in self.buffers]
@@ -47,9 +53,11 @@ class Guard:
         Says which step was skipped and why, which may be the one before (see `read`); None where none was.
         """
         loss, average = loss.detach(), self.average
-        bad = ~(loss.isfinite() & norm.isfinite())
+        wrong, overflow = ~loss.isfinite(), ~norm.isfinite()
         if self.options.explosion:
-            bad |= (self.averaged > 0) & (loss > average + self.options.explosion)
+            wrong |= (self.averaged > 0) & (loss > average + self.options.explosion)
+        bad, counted = wrong | overflow, wrong | (overflow & (self.scale.value <= 1))
+        self.scale.update(overflow)
         self.averaged = torch.where(bad, self.averaged, (self.averaged + 1).clamp(max=AVERAGED))
         self.average = torch.where(bad, average, average + (loss - average) / self.averaged.clamp(min=1))
         # A fused SGD that skips its very first step would leave its momentum unset.
@@ -59,7 +67,7 @@ class Guard:
             self.optimizer.step()
         elif self.buffers:
             torch._foreach_copy_(self.buffers, self.before)
-        flag = _read_later(bad)
+        flag = _read_later(counted)
 
         def reason() -> str | None:
             return _reason(number, loss, terms, average, self.options) if flag() else None
@@ -98,12 +106,15 @@ class Guard:
             "averaged": self.averaged,
             "recent": list(self.recent),
             "skipped": self.skipped,
+            **({"scale": self.scale.state()} if self.scale.moves else {}),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         device = self.average.device
         self.average, self.averaged = state["average"].to(device), state["averaged"].to(device)
         self.recent, self.skipped, self._unread = list(state["recent"]), state["skipped"], None
+        if self.scale.moves:
+            self.scale.restore(state["scale"])
 
 
 def _waits(tensor: Tensor) -> bool:

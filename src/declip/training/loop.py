@@ -31,6 +31,7 @@ from declip.training.distributed import (
     part,
     share_gradients,
 )
+from declip.training.gradients import clip_gradients
 from declip.training.heads import start_from
 from declip.training.held_out import HeldOut
 from declip.training.interrupts import Interrupts, interrupts_between_steps
@@ -39,7 +40,8 @@ from declip.training.optimizer import batch_factor, check_schedule, cooldown_sta
 from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tokens
 from declip.training.run import Run
 from declip.training.saving import NoSaver, Saver
-from declip.training.step import Step, pick_device
+from declip.training.sharding import tower_blocks
+from declip.training.step import pick_device
 from declip.training.trackers import check_trackers
 
 LOG_SECONDS = 0.5
@@ -85,6 +87,8 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks) -> Run:
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
     parameter_groups([model, objective], recipe.optimizer)  # whether the rates fit the towers
+    if recipe.engine.shard:
+        tower_blocks(model.clip)  # whether they can be sharded
     if recipe.model.start and not going_on:
         start_from(recipe.model, model, objective)
     held_out = None
@@ -162,9 +166,9 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         agreed = agree(ranks, loss, terms, News(batch.broken, due, interrupts.stop, interrupts.preempted))
         run.note_broken(agreed.news.broken, log)
         run.optimizer.zero_grad()
-        loss.backward()
-        run.watch.read_gradients()
-        norm = torch.nn.utils.clip_grad_norm_(run.parameters, recipe.optimizer.clip_norm or math.inf)
+        (loss * run.loss_scale.value).backward()
+        run.watch.read_gradients(run.loss_scale)
+        norm = clip_gradients(run.parameters, recipe.optimizer.clip_norm or math.inf, ranks, run.loss_scale)
         if skipped := run.guard.step(run.step + 1, agreed.loss, norm, agreed.terms):
             log.say(f"skipped: {skipped}", style="yellow")
         run.end_step()
@@ -218,5 +222,6 @@ def make_step(run: Run) -> nn.Module:
     if run.ranks.count > 1 and engine.sync_batch_norm:
         synchronise(run.model, run.ranks)
         synchronise(run.objective, run.ranks)
-    model: Any = torch.compile(run.model) if engine.compile else run.model
-    return share_gradients(Step(model, run.objective, engine.precision, run.ranks), run.ranks)
+    if engine.compile:
+        run.model.compile()
+    return share_gradients(run.compute, run.ranks)

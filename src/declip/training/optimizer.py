@@ -13,6 +13,7 @@ from declip.model.depth import layers_to_top
 from declip.model.dual_encoder import DualEncoder
 from declip.optimization import Optimizer
 from declip.recipe import Recipe
+from declip.training.sharding import own_part
 
 EMBEDDINGS = (
     *("token_embedding", "positional_embedding", "class_embedding", "mask_embedding"),
@@ -97,12 +98,14 @@ def _never_decayed(module: nn.Module) -> set[str]:
 
 
 def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim.Optimizer:
-    """Fused AdamW or Nesterov SGD, or Muon, over the trainable parameters of the modules.
+    """Fused AdamW or Nesterov SGD, or Muon, over the modules' trainable parameters, of sharded ones this rank's parts.
 
     Muon (Jordan et al., 2024) is timm's: Nesterov momentum, convolutions flattened to matrices, steps as large as
     AdamW's (Liu et al., 2025, arXiv 2502.16982), so that rates are of the same order. What is no matrix takes NAdamW's.
     """
     groups = parameter_groups(modules, options)
+    for group in groups:
+        group["params"] = [own_part(parameter) for parameter in group["params"]]
     if options.kind == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True, fused=True)
     if options.kind == "muon":

@@ -27,6 +27,7 @@ from declip.recipe import Recipe, parse_recipe
 from declip.training.average import WeightAverage
 from declip.training.checkpoint import FORMAT, HEADS_BEST, WEIGHTS_BEST, checkpoints, read_newest, step_of
 from declip.training.distributed import Broken, broadcast, collect
+from declip.training.gradients import LossScale
 from declip.training.guard import Guard
 from declip.training.heads import heads_of
 from declip.training.held_out import HeldOut
@@ -34,6 +35,8 @@ from declip.training.logging import RunLog, resident_bytes
 from declip.training.optimizer import build_optimizer, same_rates
 from declip.training.pairs import epoch_pairs, total_steps
 from declip.training.saving import Saver
+from declip.training.sharding import WholeCopy, gather_weights, load_optimizer, load_weights, optimizer_state, shard
+from declip.training.step import Step
 from declip.training.watch import Watch
 
 MEMORY_SECONDS = 5.0
@@ -57,19 +60,29 @@ class Run:
     ) -> None:
         self.recipe, self.out, self.device, self.held_out, self.steps = recipe, out, device, held_out, steps
         self.images, self.saver, self.ranks = images, saver, ranks
-        self.model, self.objective = model.to(device), objective.to(device)
-        if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
-            self.model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
+        self.model, self.objective = model, objective
         self.token_wise = None
         if recipe.similarity == "token_wise":
             self.token_wise = TokenWise(objective.terms["token_wise"].mappings, not recipe.pads_captions)  # type: ignore[arg-type]
+        self.compute = Step(model, objective, recipe.engine.precision, ranks)
+        self.whole_copy = None
+        if recipe.engine.shard:
+            judged = broadcast(held_out is not None, ranks)
+            mappings = [] if self.token_wise is None else [self.token_wise.mappings]
+            self.whole_copy = WholeCopy([model, *mappings] if judged else [], ranks)
+            shard(self.compute, model.clip, device, ranks)
+        else:
+            self.compute.to(device)
+            if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
+                model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
+        self.loss_scale = LossScale(device, moves=recipe.engine.precision == "float16")
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.average = WeightAverage(self.parameters, recipe.optimizer.ema) if recipe.optimizer.ema else None
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
         self._forget_best()
         self.roll_backs, self.rate_factor, self.rolled_to = 0, 1.0, -1
-        self.guard = Guard([model, objective], self.optimizer, recipe.engine)
+        self.guard = Guard([model, objective], self.optimizer, recipe.engine, self.loss_scale)
         self.watch = Watch(recipe, device, model, objective, images, ranks)
         kept = images.kept or []
         self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
@@ -105,13 +118,12 @@ class Run:
             "lr": rate,
             "samples_per_second": round(speed, 1),
             "skipped": self.guard.skipped,
+            **({"loss_scale": float(self.loss_scale.value)} if self.loss_scale.moves else {}),
         }
 
     def judge(self, log: RunLog, loss: float) -> bool:
         """Score the held-out pairs, whether they are the best so far, and warn where the run has begun to overfit."""
-        with self.averaged():
-            own = None if self.held_out is None else self.held_out.score(self.model, self.device, self.token_wise)
-        metrics = broadcast(own, self.ranks)
+        metrics = broadcast(self._score(), self.ranks)
         if metrics is None:
             return False
         if not math.isfinite(metrics["score"]):
@@ -134,6 +146,20 @@ class Run:
             )
         return False
 
+    def _score(self) -> dict[str, float] | None:
+        """The held-out pairs' metrics, on rank 0 alone."""
+        model, token_wise = self.model, self.token_wise
+        if self.whole_copy is not None:
+            copies: list[Any] = self.whole_copy.gather(self.device)
+            if copies:
+                model = copies[0]
+                token_wise = None if token_wise is None else token_wise._replace(mappings=copies[1])
+        with self.averaged():
+            metrics = None if self.held_out is None else self.held_out.score(model, self.device, token_wise)
+        if self.whole_copy is not None:
+            self.whole_copy.put_away()
+        return metrics
+
     def has_stopped_rising(self) -> bool:
         patience = self.recipe.evaluation.patience
         return bool(patience) and self.worse_in_a_row >= patience
@@ -153,7 +179,8 @@ class Run:
         """Have a checkpoint written, and the best weights; raises Diverged where the weights are no numbers."""
         self.guard.read(self.step)
         # A sum is not finite where a summand is not, and takes a twentieth of the time of asking each.
-        if not torch.stack([parameter.detach().sum() for parameter in self.parameters]).isfinite().all():
+        sums = torch.stack([parameter.detach().sum() for parameter in self.parameters])
+        if self.ranks.sum((~sums.isfinite()).sum()):
             raise self._no_number()
         weights = {}
         if best:
@@ -173,17 +200,14 @@ class Run:
         return "saved"
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, whole on rank 0; all ranks have to ask for it.
-
-        The gradient scaler belongs here too.
-        """
+        """What a resumed run needs, sharded where the model is: `Saver` gathers it, and what it writes is whole."""
         return {
             "format": FORMAT,
             "recipe": self.recipe.model_dump(mode="json"),
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
             "apart": {name: collect(own, self.ranks) for name, own in self._apart().items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.optimizer),
             "average": None if self.average is None else self.average.state_dict(),
             "guard": self.guard.state(),
             "rng": torch.get_rng_state(),
@@ -219,13 +243,13 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
-        self.model.load_state_dict(state["model"])
-        self.objective.load_state_dict(state["objective"])
+        load_weights(self.model, state["model"])
+        load_weights(self.objective, state["objective"])
         for name, own in self._apart().items():
             parts = state["apart"].get(name) or [own]  # of one process there is one queue, which all take
             own.copy_(parts[self.ranks.rank % len(parts)])
         peaks = [group["peak"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
             group["peak"] = peak
         if self.average is not None:
@@ -265,8 +289,7 @@ class Run:
 
     def finish(self) -> dict[str, Any]:
         """Turn the run folder into an open_clip model (the best weights) and sum the run up."""
-        if not self.ranks.rank:
-            self._write_model()
+        self._write_model()
         pairs_seen = self.step * self.recipe.schedule.batch_size
         return {
             "run": str(self.out),
@@ -286,7 +309,10 @@ class Run:
 
     def _write_model(self) -> None:
         with self.averaged():
-            last = {WEIGHTS: self.model.clip.state_dict(), HEADS: heads_of(self.model, self.objective)}
+            weights, heads = self.model.clip.state_dict(), heads_of(self.model, self.objective)
+            last = {WEIGHTS: gather_weights(weights, self.ranks), HEADS: gather_weights(heads, self.ranks)}
+        if self.ranks.rank:
+            return
         for name, best in ((WEIGHTS, self.out / WEIGHTS_BEST), (HEADS, self.out / HEADS_BEST)):
             if best.is_file():
                 write_atomically(self.out / name, functools.partial(shutil.copyfile, best))

@@ -13,6 +13,7 @@ from torch import Tensor
 from declip.errors import InputError
 from declip.files import flush_to_disk, remove_temporary, save_weights
 from declip.training.checkpoint import METRICS, checkpoints, step_of, write_checkpoint
+from declip.training.sharding import whole
 
 
 class Saver:
@@ -94,7 +95,7 @@ class Saver:
             return [self._copy(item, f"{path}.{place}") for place, item in enumerate(value)]
         if not isinstance(value, Tensor):
             return value
-        copy, value = self._copies.get(path), value.detach()
+        copy, value = self._copies.get(path), whole(value.detach())
         if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
             pinned = value.device.type == "cuda"  # else the copy would wait for the device
             copy = self._copies[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
@@ -102,7 +103,7 @@ class Saver:
 
 
 class NoSaver(Saver):
-    """Of the ranks beside the first: writes nothing."""
+    """Of the ranks beside the first: writes nothing, but gives its parts of what is sharded."""
 
     busy = False
 
@@ -116,4 +117,10 @@ class NoSaver(Saver):
         pass
 
     def save(self, step: int, state: dict[str, Any], best: dict[str, dict[str, Tensor]]) -> None:
-        pass
+        self._copy({"state": state, "best": best})
+
+    def _copy(self, value: Any, path: str = "") -> Any:
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            self._copy(item)
+        if isinstance(value, Tensor):
+            whole(value.detach())

@@ -20,10 +20,7 @@ from declip.ranks import Ranks
 
 
 class Step(nn.Module):
-    """Towers and terms as one module, so that DistributedDataParallel sees all parameters at once.
-
-    model: a DualEncoder, or a compiled one
-    """
+    """Towers and terms as one module, so that DistributedDataParallel and FSDP2 see all parameters at once."""
 
     def __init__(self, model: nn.Module, objective: Objective, precision: str, ranks: Ranks) -> None:
         super().__init__()
@@ -47,15 +44,23 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"engine.device = {name!r} cannot be used: {first_line(error)}.") from None
 
 
-@contextlib.contextmanager
-def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """bfloat16 autocast where it is asked for, or with `auto` where the device computes in it natively."""
+def compute_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What a recipe's precision means on a device: `auto` is bfloat16 where the device computes in it natively."""
     if precision == "auto":
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_computes_bfloat16(device)
-        precision = "bfloat16" if native else "float32"
+        return torch.bfloat16 if native else torch.float32
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """Autocast in bfloat16 or float16 where that is the precision to compute in."""
+    dtype = compute_dtype(device, precision)
+    half = dtype != torch.float32
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"))
-        if device.type == "cpu" and precision == "bfloat16":
+        stack.enter_context(torch.autocast(device.type, dtype if half else None, enabled=half))
+        if device.type == "cpu" and half:
             # PyTorch's flash attention for CPUs takes two to five times longer than plain products in bfloat16.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield

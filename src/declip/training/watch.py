@@ -20,6 +20,7 @@ from declip.objectives.objective import Objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.flops import pair_flops, peak_flops
+from declip.training.gradients import LossScale
 from declip.training.step import autocast
 
 ROWS = 2048  # of a batch at most are compared with one another
@@ -101,12 +102,17 @@ class Watch:
             queue = self.neighbours
             self.ring = queue.pointer.clone(), queue.queue_ids.clone(), batch.sample_ids[:LOOKED_UP]
 
-    def read_gradients(self) -> None:
-        """After the backward pass, before anything changes the gradients: the norm of each tower's."""
-        if self.on:
-            for name, parameters in self.towers.items():
-                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                self.norms[name] = torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.zeros(())
+    def read_gradients(self, scale: LossScale) -> None:
+        """After the backward pass, before anything changes the gradients: the norm of each tower's.
+
+        Not where they are sharded: each rank has its part alone.
+        """
+        if not self.on or self.recipe.engine.shard:
+            return
+        for name, parameters in self.towers.items():
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norm = torch.stack(torch._foreach_norm(gradients)).norm() if gradients else torch.zeros(())
+            self.norms[name] = norm / scale.value
 
     def row(self, norm: Tensor, seconds: float, speed: float) -> dict[str, Any]:
         """What the row of the step says; here the device is waited for.
@@ -114,7 +120,8 @@ class Watch:
         norm: of all gradients; seconds: since the row before; speed: pairs a second since then, of all ranks
 
         data_wait: share of the time that the loop waited for the loader
-        gradient_norm: before clipping; `heads` are all parameters outside of the towers, logit scales too
+        gradient_norm: before clipping; `heads` are all parameters outside of the towers, logit scales too; only the
+            total where the model is sharded
         contrastive_accuracy: `image_to_text_accuracy` of this rank's first image and text view; only where a term
             trains these embeddings
         queue_age: `nearest_neighbour.mean_age`; null while the queue is empty
