@@ -45,7 +45,7 @@ from declip.training.estimate import estimate
 from declip.training.gradients import LossScale, clip_gradients
 from declip.training.optimizer import build_optimizer
 from declip.training.sharding import is_shard, load_optimizer, optimizer_state, shard, whole
-from declip.training.step import Step
+from declip.training.step import Step, attention_kernel
 
 BATCHES = (0, 1, 5)  # the last of another epoch, when the queue holds the same pairs
 RESNET = ["model.image.layers=[1,1,1,1]", "model.image.width=8", "model.image.image_size=32"]
@@ -119,7 +119,8 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
         loss, terms = step(batch)
         agreed = agree(ranks, loss, terms, News(((ranks.rank, "", ""),)))
         assert [pair[0] for pair in agreed.news.broken] == list(range(ranks.count))
-        loss.backward()
+        with attention_kernel(loss.device, recipe.engine.precision):
+            loss.backward()
         sharded = {name: whole(p.grad).clone() for name, p in named if is_shard(p) and p.grad is not None}
         norm = clip_gradients(parameters, math.inf, ranks, unscaled)
         losses = {"loss": agreed.loss, **agreed.terms, "norm of the gradient": norm}

@@ -15,6 +15,7 @@ from declip.errors import InputError
 from declip.recipe import Recipe
 from declip.training import estimate as estimating
 from declip.training import loop
+from declip.training import run as runs
 from declip.training.estimate import estimate
 
 MakeRecipe = Callable[..., Recipe]
@@ -59,12 +60,12 @@ def test_only_the_last_five_steps_are_timed(tiny: MakeRecipe, monkeypatch: pytes
     """Two steps of 100 s to warm up, five of 2 s, in each of which the loader is waited for a quarter of the time."""
     numbers: list[int] = []
 
-    class Slow(loop.Step):
+    class Slow(runs.Step):
         def forward(self, batch: Any) -> Any:
             numbers.append(len(numbers))
             return super().forward(batch)
 
-    monkeypatch.setattr(loop, "Step", Slow)
+    monkeypatch.setattr(runs, "Step", Slow)
     train = estimating._Notes.train
 
     def taking(notes: Any, row: dict[str, Any]) -> None:

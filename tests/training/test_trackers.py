@@ -18,6 +18,7 @@ from declip.recipe import Recipe
 from declip.training import loop
 from declip.training.logging import read_metrics
 from declip.training.loop import train
+from declip.training.step import Step
 
 MakeRecipe = Callable[..., Recipe]
 BOTH = 'engine.trackers=["wandb", "mlflow"]'
@@ -192,13 +193,13 @@ def test_board_of_a_resumed_run(
 def test_board_of_a_run_that_went_back(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, board: dict[tuple[str, int], list[float]]
 ) -> None:
-    forward, steps = loop.Step.forward, iter(range(1, 100))
+    forward, steps = Step.forward, iter(range(1, 100))
 
-    def spoiling(self: loop.Step, batch: Any) -> Any:
+    def spoiling(self: Step, batch: Any) -> Any:
         loss, terms = forward(self, batch)
         return loss * (math.nan if next(steps) == 6 else 1), terms
 
-    monkeypatch.setattr(loop.Step, "forward", spoiling)
+    monkeypatch.setattr(Step, "forward", spoiling)
     recipe = tiny("clip", "engine.on_divergence=roll_back", "engine.skip_limit=0")
     assert train(recipe, tmp_path / "run", quiet=True)["roll_backs"] == 1
     assert_each_row_once(board, tmp_path / "run")

@@ -41,7 +41,7 @@ from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tok
 from declip.training.run import Run
 from declip.training.saving import NoSaver, Saver
 from declip.training.sharding import tower_blocks
-from declip.training.step import pick_device
+from declip.training.step import attention_kernel, pick_device
 from declip.training.trackers import check_trackers
 
 LOG_SECONDS = 0.5
@@ -166,7 +166,8 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
         agreed = agree(ranks, loss, terms, News(batch.broken, due, interrupts.stop, interrupts.preempted))
         run.note_broken(agreed.news.broken, log)
         run.optimizer.zero_grad()
-        (loss * run.loss_scale.value).backward()
+        with attention_kernel(run.device, recipe.engine.precision):
+            (loss * run.loss_scale.value).backward()
         run.watch.read_gradients(run.loss_scale)
         norm = clip_gradients(run.parameters, recipe.optimizer.clip_norm or math.inf, ranks, run.loss_scale)
         if skipped := run.guard.step(run.step + 1, agreed.loss, norm, agreed.terms):

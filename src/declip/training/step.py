@@ -60,7 +60,15 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
     half = dtype != torch.float32
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, dtype if half else None, enabled=half))
-        if device.type == "cpu" and half:
+        stack.enter_context(attention_kernel(device, precision))
+        yield
+
+
+@contextlib.contextmanager
+def attention_kernel(device: torch.device, precision: str) -> Iterator[None]:
+    """The kernel of attention in here; for the backward pass too, where some of it may be computed again."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cpu" and compute_dtype(device, precision) != torch.float32:
             # PyTorch's flash attention for CPUs takes two to five times longer than plain products in bfloat16.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
