@@ -243,7 +243,7 @@ def test_recipe_json_explains_every_field(capsys: Capture) -> None:
         "type": "number, > 0",
         "description": "peak learning rate",
     }
-    assert fields["engine.precision"]["type"] == '"auto" | "float32" | "bfloat16"'
+    assert fields["engine.precision"]["type"] == '"auto" | "float32" | "bfloat16" | "float16"'
     assert fields["terms.simsiam"]["value"] is None
     assert all(field["description"] for field in fields.values())
 
