@@ -10,6 +10,7 @@ from made import batch, features
 from torch import Tensor
 from torch.nn import functional as F
 
+from declip.model.chunks import CHUNK_BYTES
 from declip.objectives.masked_language import MaskedLanguage
 
 WIDTH, VOCABULARY = 6, 30
@@ -50,6 +51,18 @@ def test_like_naive(tokens: Tensor, labels: Tensor) -> None:
     term = MaskedLanguage(WIDTH, VOCABULARY)
     loss = term(features(text_tokens={"masked": tokens}), batch(labels=labels))
     assert loss.item() == pytest.approx(naive(term, tokens, labels, list(range(VOCABULARY))), rel=1e-5)
+
+
+def test_a_few_rows_at_a_time(tokens: Tensor, labels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients of the logits kept whole."""
+    term = MaskedLanguage(WIDTH, VOCABULARY)
+    hidden = labels != -100
+    given = [tokens, term.head.weight, term.head.bias]
+    whole = F.cross_entropy(term.head(tokens[hidden]), labels[hidden])
+    expected = [whole.detach(), *torch.autograd.grad(whole, given)]
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 3 * 4 * VOCABULARY)
+    loss = term.loss(tokens, labels)
+    torch.testing.assert_close([loss.detach(), *torch.autograd.grad(loss, given)], expected)
 
 
 def test_used_vocabulary_like_naive(tokens: Tensor, labels: Tensor) -> None:

@@ -161,27 +161,26 @@ def test_the_average_is_judged_and_finished(tiny: MakeRecipe, tmp_path: Path, mo
     assert torch.equal(last(tmp_path / "run")["model"]["clip.visual.proj"], weights[-1])
 
 
-def test_muon_goes_on(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its momentum and that of its Adam are one state."""
-    recipe = tiny("declip", "optimizer.kind=muon", "optimizer.lr=0.002", *RESNET)
-    train(recipe, tmp_path / "whole", quiet=True)
+def assert_stopped_run_goes_on(recipe: Recipe, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`stopped`, after five steps and resumed, ends as `whole` does."""
+    train(recipe, folder / "whole", quiet=True)
     with monkeypatch.context() as patch:
         stop_at(5, patch)
         with pytest.raises(KeyboardInterrupt):
-            train(recipe, tmp_path / "stopped", quiet=True)
-    train(recipe, tmp_path / "stopped", resume=True, quiet=True)
-    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+            train(recipe, folder / "stopped", quiet=True)
+    train(recipe, folder / "stopped", resume=True, quiet=True)
+    assert_same_end(folder / "stopped", folder / "whole")
+
+
+def test_muon_goes_on(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its momentum and that of its Adam are one state."""
+    recipe = tiny("declip", "optimizer.kind=muon", "optimizer.lr=0.002", *RESNET)
+    assert_stopped_run_goes_on(recipe, tmp_path, monkeypatch)
 
 
 def test_the_average_goes_on(tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny("declip", "optimizer.ema=0.9", "optimizer.layer_decay=0.7", "optimizer.head_lr=0.002")
-    train(recipe, tmp_path / "whole", quiet=True)
-    with monkeypatch.context() as patch:
-        stop_at(5, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, tmp_path / "stopped", quiet=True)
-    train(recipe, tmp_path / "stopped", resume=True, quiet=True)
-    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+    assert_stopped_run_goes_on(recipe, tmp_path, monkeypatch)
     for name in ("open_clip_model.safetensors", "declip_heads.safetensors"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert last(tmp_path / "whole")["average"]["updates"] == 8

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config, patch_dropouts
 from declip.ranks import ALONE, Ranks
 from declip.recipe import Recipe
+
+Encoded = TypeVar("Encoded", EncodedImages, EncodedTexts)
 
 # Mean and standard deviation of pixels by name; the first are open_clip's own.
 NORMALIZATIONS = {
@@ -175,7 +178,7 @@ class DualEncoder(nn.Module):
         return EncodedImages(*(None if x is None else torch.unflatten(x, 0, images.shape[:2]) for x in together))  # type: ignore[arg-type]
 
     def _encode_images(self, images: Tensor) -> EncodedImages:
-        """uint8 [batch, height, width, 3], a micro-batch at a time (Gao et al. 2021, arXiv:2101.06983)."""
+        """uint8 [batch, height, width, 3]"""
 
         def encode(some: Tensor) -> EncodedImages:
             embedding, pooled, tokens = encode_image(self.clip, self.pixels(some))
@@ -183,26 +186,21 @@ class DualEncoder(nn.Module):
                 embedding, pooled if self.wants_pooled else None, tokens if self.wants_image_tokens else None
             )
 
-        if len(self._pieces(images)) == 1:
-            return encode(images)
-        pieces = [recomputed(self.clip.visual, encode, some) for some in self._pieces(images)]
-        return EncodedImages(*(None if x[0] is None else torch.cat(x) for x in zip(*pieces, strict=True)))  # type: ignore[arg-type]
+        return self._in_pieces(encode, images)
 
     def _encode_texts(self, tokens: Tensor) -> EncodedTexts:
-        """int64 [batch, tokens], a micro-batch at a time."""
+        """int64 [batch, tokens]"""
+        return self._in_pieces(
+            lambda some: encode_text(self.clip, some, self.mask_embedding, self.whole_captions), tokens
+        )
 
-        def encode(some: Tensor) -> EncodedTexts:
-            return encode_text(self.clip, some, self.mask_embedding, self.whole_captions)
-
-        if len(self._pieces(tokens)) == 1:
-            return encode(tokens)
-        pieces = [recomputed(self.clip, encode, some) for some in self._pieces(tokens)]
-        return EncodedTexts(*(torch.cat(x) for x in zip(*pieces, strict=True)))
-
-    def _pieces(self, rows: Tensor) -> Sequence[Tensor]:
-        if self.micro_batch is None or not torch.is_grad_enabled():
-            return [rows]
-        return rows.tensor_split(math.ceil(len(rows) / self.micro_batch))
+    def _in_pieces(self, encode: Callable[[Tensor], Encoded], rows: Tensor) -> Encoded:
+        """`encode(rows)`, a micro-batch at a time (Gao et al. 2021, arXiv:2101.06983)."""
+        count = math.ceil(len(rows) / (self.micro_batch or len(rows)))
+        if count == 1 or not torch.is_grad_enabled():
+            return encode(rows)
+        pieces = [recomputed(self.clip, encode, some) for some in rows.tensor_split(count)]
+        return type(pieces[0])(*(None if x[0] is None else torch.cat(x) for x in zip(*pieces, strict=True)))  # type: ignore[no-any-return]
 
     def leave_out_patches(self, share: float) -> None:
         """Set patch dropout, from the next forward pass on."""

@@ -78,17 +78,21 @@ class _OneWay(torch.autograd.Function):
         columns: Tensor,
         targets: Tensor,
         weights: Tensor,
+        bias: Tensor | None,
         hide: Callable[[Tensor, slice], object] | None,
-        slopes_wanted: tuple[bool, bool],
+        slopes_wanted: tuple[bool, bool, bool],
     ) -> Tensor:
         losses = torch.empty_like(weights)
         row_slopes = torch.empty_like(rows) if slopes_wanted[0] else None
         column_slopes = torch.zeros_like(columns) if slopes_wanted[1] else None
+        bias_slopes = torch.zeros_like(bias) if bias is not None and slopes_wanted[2] else None
         parts = chunks(len(rows), len(columns), rows)
         buffer = rows.new_empty(parts[0].stop, len(columns))
         for part in parts:
             logits, target, weight = buffer[: part.stop - part.start], targets[part, None], weights[part, None]
             torch.mm(rows[part], columns.T, out=logits)
+            if bias is not None:
+                logits += bias
             if hide is not None:
                 hide(logits, part)
             top, own = logits.amax(dim=1, keepdim=True), logits.gather(1, target)
@@ -100,14 +104,16 @@ class _OneWay(torch.autograd.Function):
                 torch.mm(slopes, columns, out=row_slopes[part])
             if column_slopes is not None:
                 column_slopes.addmm_(slopes.T, rows[part])
-        ctx.save_for_backward(row_slopes, column_slopes)
+            if bias_slopes is not None:
+                bias_slopes += slopes.sum(dim=0)
+        ctx.save_for_backward(row_slopes, column_slopes, bias_slopes)
         return (losses * weights).sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         no_second_derivative()
-        slopes = (None if found is None else gradient * found for found in ctx.saved_tensors)
-        return *slopes, None, None, None, None
+        rows, columns, bias = (None if found is None else gradient * found for found in ctx.saved_tensors)
+        return rows, columns, None, None, bias, None, None
 
 
 def cross_entropy_both_ways(images: Tensor, texts: Tensor) -> Tensor:
@@ -125,16 +131,19 @@ def cross_entropy(
     targets: Tensor,
     weights: Tensor | None = None,
     hide: Callable[[Tensor, slice], object] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Σ_i w_i · CE(rows_i columnsᵀ, targets_i): [batch, dim] and [all, dim] -> a scalar.
+    """Σ_i w_i · CE(rows_i columnsᵀ + bias, targets_i): [batch, dim] and [all, dim] -> a scalar.
 
     One of the two carries the logit scale.
 
     targets: int64 [batch], which column is right for each row; weights: [batch], by default 1 / batch each.
     hide: given some rows' logits [some, all] and which rows those are, it sets what is no candidate to -∞.
+    bias: [all], by default none
     """
     if weights is None:
         weights = rows.new_full((len(rows),), 1 / len(rows))
-    slopes_wanted = tuple(torch.is_grad_enabled() and x.requires_grad for x in (rows, columns))
-    loss: Tensor = _OneWay.apply(rows, columns, targets, weights, hide, slopes_wanted)
+    given = (rows, columns, bias)
+    slopes_wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in given)
+    loss: Tensor = _OneWay.apply(rows, columns, targets, weights, bias, hide, slopes_wanted)
     return loss

@@ -2,54 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
+from declip.objectives.cross_entropy import cross_entropy
 from declip.ranks import ALONE, Ranks
-
-LOGITS = 2**24
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ CE(W x + b, label) and, in the same pass over chunks of rows, its gradients: no chunk's logits are kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int) -> Tensor:
-        total = x.new_zeros(())
-        gradients = [torch.zeros_like(tensor) for tensor in (x, weight, bias)]
-        for rows, own, slope in zip(*(torch.split(each, chunk) for each in (x, labels, gradients[0])), strict=True):
-            logits = torch.addmm(bias, rows, weight.T)
-            norm = logits.logsumexp(dim=-1, keepdim=True)
-            total += (norm.squeeze(1) - logits.gather(1, own[:, None]).squeeze(1)).sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            shares = logits.sub_(norm).exp_()
-            shares[torch.arange(len(own), device=own.device), own] -= 1
-            torch.mm(shares, weight, out=slope)
-            gradients[1].addmm_(shares.T, rows)
-            gradients[2] += shares.sum(dim=0)
-        ctx.save_for_backward(*gradients)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
-        return gradient * x, gradient * weight, gradient * bias, None, None
-
-
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
-    """Σ_i CE(W x_i + b, label_i): [rows, width], [classes, width], [classes], int64 [rows] -> scalar.
-
-    chunk: as many rows at once, by default so many that their logits take LOGITS numbers; the value is the same.
-    """
-    with torch.autocast(x.device.type, enabled=False):  # its own gradients need one precision throughout
-        chunk = chunk or max(1, LOGITS // len(weight))
-        total: Tensor = _LinearCrossEntropy.apply(x.to(weight.dtype), weight, bias, labels, chunk)
-    return total
 
 
 class MaskedLanguage(nn.Module):
@@ -90,5 +49,6 @@ class MaskedLanguage(nn.Module):
         if self.index is not None:
             known = self.index[labels] != -100
             rows, labels = rows[known], self.index[labels[known]]
-        total = linear_cross_entropy(rows, self.head.weight, self.head.bias, labels)
+        head, each = self.head, rows.new_ones(len(rows))
+        total = cross_entropy(rows, head.weight, labels, weights=each, bias=head.bias)
         return ranks.count * total / ranks.sum(hidden.sum()).clamp(min=1)

@@ -10,9 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from declip.model.recompute import BatchNorm
 from declip.ranks import Ranks, all_gather
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class _Normalise(torch.autograd.Function):

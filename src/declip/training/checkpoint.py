@@ -138,8 +138,7 @@ def read_newest(out: Path, recipe: Recipe, before: int | None, fits: Callable[[R
     for path in older:
         damage = _damage(path)
         if damage is None:
-            state = _load(path, recipe)
-            stored = parse_recipe(state["recipe"], str(path))
+            state, stored = _load(path, recipe)
             if not fits(stored, step_of(path)):
                 other = first_difference(stored, recipe)
                 continue
@@ -173,7 +172,8 @@ def _damage(path: Path) -> str | None:
     return None if end == SEAL + digest.digest() else "is damaged (its checksum does not fit)"
 
 
-def _load(path: Path, recipe: Recipe) -> dict[str, Any]:
+def _load(path: Path, recipe: Recipe) -> tuple[dict[str, Any], Recipe]:
+    """What a checkpoint holds, and the recipe in it."""
     import torch
 
     try:
@@ -186,5 +186,6 @@ def _load(path: Path, recipe: Recipe) -> dict[str, Any]:
             f"{path} is of format {state.get('format')}, this version of declip reads format {FORMAT}: resume with the "
             "version that wrote it."
         )
-    _check_same(parse_recipe(state["recipe"], str(path)), recipe, path)
-    return state
+    stored = parse_recipe(state["recipe"], str(path))
+    _check_same(stored, recipe, path)
+    return state, stored

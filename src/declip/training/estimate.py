@@ -16,7 +16,7 @@ from declip.errors import Diverged, InputError
 from declip.recipe import Recipe
 from declip.training.distributed import joined_ranks, one_voice
 from declip.training.interrupts import Interrupts
-from declip.training.logging import NoLog
+from declip.training.logging import NoLog, most_resident_bytes
 from declip.training.loop import batch_maker, go, make_step, set_up
 from declip.training.run import Run
 
@@ -159,9 +159,7 @@ def _peak_of_memory(device: torch.device) -> int:
 def _resident(field: str) -> int:
     """Bytes of this process in memory; elsewhere than on Linux always the most there were."""
     if sys.platform != "linux":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return most_resident_bytes()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 

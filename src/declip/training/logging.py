@@ -180,9 +180,7 @@ def _tensorboard(out: Path, step: int) -> Any:
 def resident_bytes() -> int:
     """Memory of this process and its workers now, shared pages counted once (Linux); elsewhere the peak so far."""
     if sys.platform != "linux":
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return most_resident_bytes()
     total = 0
     for process in [os.getpid(), *_children()]:
         with contextlib.suppress(OSError):
@@ -190,6 +188,13 @@ def resident_bytes() -> int:
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
     return total
+
+
+def most_resident_bytes() -> int:
+    """The most memory that this process has held so far (not on Windows)."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _children() -> list[int]:

@@ -21,6 +21,7 @@ from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.flops import pair_flops, peak_flops
 from declip.training.gradients import LossScale
+from declip.training.optimizer import LOGIT_SCALES
 from declip.training.step import autocast
 
 ROWS = 2048  # of a batch at most are compared with one another
@@ -30,7 +31,7 @@ LOOKED_UP = 64  # neighbours at most whose captions are read
 def tower_parameters(model: DualEncoder, objective: Objective) -> dict[str, list[nn.Parameter]]:
     """All parameters: those of the image tower, of the text tower, and the rest, heads and logit scales."""
     named = dict(model.named_parameters())
-    scales = {name for name in named if name.rsplit(".", 1)[-1] in ("logit_scale", "logit_bias")}
+    scales = {name for name in named if name.rsplit(".", 1)[-1] in LOGIT_SCALES}
     image = {name for name in named if name.startswith("clip.visual.")}
     return {
         "image": [named[name] for name in sorted(image)],
