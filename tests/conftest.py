@@ -88,7 +88,7 @@ holdout = 0.2
 [model]
 embed_dim = 16
 image = { image_size = 16, layers = 1, width = 32, head_width = 32, patch_size = 8 }
-text = { context_length = 77, layers = 1, width = 32, heads = 1 }
+text = { context_length = 77, layers = 1, width = 8, heads = 1 }
 
 [schedule]
 batch_size = 8
