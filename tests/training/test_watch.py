@@ -196,7 +196,7 @@ def test_flops_of_a_pair(tiny: MakeRecipe, changes: list[str]) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     patches = 2 * 4 * (3 * 8 * 8) * 32  # without a gradient for the pixels
     image = 3 * (transformer_flops(32, 4 + 1) + 2 * 32 * 16) + 2 * patches
-    text = 3 * (transformer_flops(32, 12) + 2 * 32 * 16)
+    text = 3 * (transformer_flops(8, 12) + 2 * 8 * 16)
     assert found == pytest.approx(2 * image + 3 * text, rel=0.002)
 
 
