@@ -109,7 +109,7 @@ def test_a_resnet_is_no_clip_model(
         ),
         (
             '{"model_cfg": {"embed_dim": 16, "vision_cfg": {}, "text_cfg": {}}}',
-            "of another architecture: ln_final.bias has the shape [32], not [512]",
+            "of another architecture: ln_final.bias has the shape [8], not [512]",
         ),
     ],
 )
