@@ -21,32 +21,36 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.dims = [0, *range(2, x.ndim)]
-        # PyTorch's own kernel reads x once; var_mean over several dimensions takes many times as long on CPUs.
-        _, mean, scale = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-        local = torch.stack([scale**-2 - eps, mean])
+        # PyTorch's own kernels read x once; var_mean over several dimensions takes many times as long on CPUs. The two
+        # running averages are thrown away: they say that statistics of half precision are wanted in full.
+        unused = torch.zeros_like(weight), torch.ones_like(weight)
+        local = torch.stack(torch.batch_norm_update_stats(x, *unused, 0.0))
         found = local.new_empty(count * 2, x.shape[1])
         all_gather(found, local)
-        variances, means = found.view(count, 2, -1).unbind(1)
+        means, variances = found.view(count, 2, -1).unbind(1)
         # Ranks have equally many rows. This form loses no digits where the mean is large.
         mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
-        ctx.elements = count * x.numel() / x.shape[1]
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps, ctx.elements = eps, count * x.numel() / x.shape[1]
         ctx.mark_non_differentiable(mean, var)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, scale = ctx.saved_tensors
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        gradient = gradients[0].to(weight.dtype)
-        normal = (x.to(weight.dtype) - mean.view(shape)) * scale.view(shape)
-        bias_gradient, weight_gradient = gradient.sum(ctx.dims), (gradient * normal).sum(ctx.dims)
-        sums = torch.stack([bias_gradient, weight_gradient])
+        x, weight, mean, var = ctx.saved_tensors
+        scale, gradient = (var + ctx.eps).rsqrt(), gradients[0]
+        wanted = [False, True, True]
+        _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, None, None, mean, scale, True, ctx.eps, wanted
+        )
+        sums = torch.stack([weight_gradient, bias_gradient])
         dist.all_reduce(sums)
-        of_all, of_normal = (sums / ctx.elements).view(2, *shape)
-        x_gradient = (gradient - of_all - normal * of_normal) * (scale * weight).view(shape)
-        return x_gradient.to(x.dtype), weight_gradient, bias_gradient, None, None
+        # scale · weight · (gradient − of_normal · normal x − of_all): the kernel of the forward pass computes the latter.
+        scale = scale * weight
+        of_normal, of_all = -scale * sums / ctx.elements
+        x_gradient = F.batch_norm(x, mean, var, of_normal, of_all, training=False, eps=ctx.eps)
+        x_gradient.addcmul_(gradient, scale.view([1, -1] + [1] * (x.ndim - 2)))
+        return x_gradient, weight_gradient, bias_gradient, None, None
 
 
 def synchronise(module: nn.Module, ranks: Ranks) -> None:
