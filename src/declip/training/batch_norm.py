@@ -6,12 +6,11 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.model.recompute import BatchNorm
-from declip.ranks import Ranks, all_gather
+from declip.ranks import Ranks, all_gather, sum_small
 
 
 class _Normalise(torch.autograd.Function):
@@ -31,7 +30,7 @@ class _Normalise(torch.autograd.Function):
         # Ranks have equally many rows. This form loses no digits where the mean is large.
         mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.elements = eps, count * x.numel() / x.shape[1]
+        ctx.eps, ctx.count, ctx.elements = eps, count, count * x.numel() / x.shape[1]
         ctx.mark_non_differentiable(mean, var)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
@@ -43,9 +42,9 @@ class _Normalise(torch.autograd.Function):
         _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, None, None, mean, scale, True, ctx.eps, wanted
         )
-        sums = torch.stack([weight_gradient, bias_gradient])
-        dist.all_reduce(sums)
-        # scale · weight · (gradient − of_normal · normal x − of_all): the kernel of the forward pass computes the latter.
+        sums = sum_small(torch.stack([weight_gradient, bias_gradient]), ctx.count)
+        # With n the normalised x: scale · weight · (gradient − mean(gradient · n) · n − mean(gradient)). The kernel of
+        # the forward pass computes all but the first.
         scale = scale * weight
         of_normal, of_all = -scale * sums / ctx.elements
         x_gradient = F.batch_norm(x, mean, var, of_normal, of_all, training=False, eps=ctx.eps)
