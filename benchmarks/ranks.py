@@ -151,8 +151,8 @@ def repeated(function: Callable[[], object], times: int) -> float:
 
 
 def counted_bytes(trainer: Trainer) -> dict[str, int]:
-    """What one step of this rank hands to gathers and their way back, and to the next rank; DDP's own come on top."""
-    found = {"gathered": 0, "returned": 0, "passed": 0}
+    """What one step of this rank hands to gathers and sums, and to the next rank; DDP's own come on top."""
+    found = {"handed": 0, "passed": 0}
 
     def counting(kind: str, place: int, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -162,12 +162,11 @@ def counted_bytes(trainer: Trainer) -> dict[str, int]:
         return call
 
     trainer.step(trainer.batches[0])  # from the second step on the queue is not empty
-    gather = counting("gathered", 1, collectives.all_gather)
+    gather = counting("handed", 1, collectives.all_gather)
     with (
         mock.patch.object(collectives, "all_gather", gather),
         mock.patch.object(batch_norm, "all_gather", gather),
-        mock.patch.object(dist, "all_reduce", counting("gathered", 0, dist.all_reduce)),
-        mock.patch.object(dist, "all_to_all_single", counting("returned", 1, dist.all_to_all_single)),
+        mock.patch.object(dist, "all_reduce", counting("handed", 0, dist.all_reduce)),
         mock.patch.object(Ranks, "pass_on", counting("passed", 1, Ranks.pass_on)),
     ):
         trainer.step(trainer.batches[1])
@@ -185,8 +184,8 @@ def expected_bytes(trainer: Trainer) -> dict[str, int]:
     sent = term_bytes(recipe, ranks.count, len(batch.sample_ids), trainer.model.dim, words, patches)
     norms = 8 * norm_channels(trainer)
     return {
-        "gathered": sent["exchanged"] + sent["gathered"] + sent["summed"] + 2 * norms,  # gloo gathers what is summed
-        "returned": ranks.count * sent["exchanged"],  # one part of it to each rank
+        # There, and back: gloo sums the gradients of all ranks' rows.
+        "handed": (1 + ranks.count) * sent["exchanged"] + sent["gathered"] + sent["summed"] + 2 * norms,
         "passed": sent["passed"],
     }
 

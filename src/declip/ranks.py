@@ -26,21 +26,22 @@ class _Gather(torch.autograd.Function):
     """[*shape] -> [ranks, *shape]; backward sums over ranks what each computed for this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, part: Tensor, count: int, rank: int) -> Tensor:
+        ctx.rank = rank
         everything = part.new_empty((count * len(part), *part.shape[1:]))
         all_gather(everything, part.contiguous())
         return everything.view(count, *part.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         gradient = gradient.contiguous()
         if gradient.device.type == "cuda":
             own = torch.empty_like(gradient[0])
             _reduce_scatter(own, gradient)
-            return own, None
-        parts = torch.empty_like(gradient)  # gloo cannot reduce and scatter
-        dist.all_to_all_single(parts, gradient)
-        return parts.sum(0), None
+            return own, None, None
+        # gloo cannot reduce and scatter; its all-to-all is faster, but now and then a rank aborted with it.
+        dist.all_reduce(gradient)
+        return gradient[ctx.rank], None, None
 
 
 def sum_small(part: Tensor, count: int) -> Tensor:
@@ -69,7 +70,7 @@ class Ranks:
             return part
         if part.dtype == torch.bool:
             return self.gather(part.byte(), dim).bool()
-        everything: Tensor = _Gather.apply(part, self.count)
+        everything: Tensor = _Gather.apply(part, self.count, self.rank)
         return everything.movedim(0, dim).flatten(dim, dim + 1)
 
     def gather_padded(self, part: Tensor) -> Tensor:
