@@ -57,6 +57,13 @@ def write_pairs(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def write_one_broken(path: Path) -> Path:
+    """40 pairs, one of them broken."""
+    rows = [pair(number) for number in range(40)]
+    rows[7]["image"] = b"no image"
+    return write_pairs(path, rows)
+
+
 def parquet(path: Path, **columns: Any) -> str:
     pq.write_table(pa.table(columns), path, row_group_size=2)
     return str(path)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import pair, write_pairs
+from conftest import write_one_broken
 from made import cosine, features
 from rank_checks import (
     FOUR,
@@ -44,9 +44,7 @@ from declip.training.sharding import tower_blocks
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 pairs, one of them broken, and what two ranks made of them; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    rows = [pair(number) for number in range(40)]
-    rows[7]["image"] = b"no image"
-    write_pairs(folder / "pairs.parquet", rows)
+    write_one_broken(folder / "pairs.parquet")
     context = spawn(two_ranks, folder, 2, meetings=16)
     for process in context.processes:
         process.join(300)

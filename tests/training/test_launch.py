@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TERMS, TINY, pair, write_pairs
+from conftest import TERMS, TINY, write_one_broken
 
 from declip.errors import InputError
 from declip.recipe import Recipe
@@ -27,9 +27,7 @@ from declip.training.distributed import joined_ranks, local_device
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 pairs, one of them broken."""
     folder = tmp_path_factory.mktemp("launch")
-    rows = [pair(number) for number in range(40)]
-    rows[7]["image"] = b"no image"
-    write_pairs(folder / "pairs.parquet", rows)
+    write_one_broken(folder / "pairs.parquet")
     return folder
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.model.recompute import BatchNorm
-from declip.ranks import Ranks, all_gather, sum_small
+from declip.ranks import Ranks, all_gather
 
 
 class _Normalise(torch.autograd.Function):
@@ -18,19 +18,19 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, count: int
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, ranks: Ranks
     ) -> tuple[Tensor, Tensor, Tensor]:
         # PyTorch's own kernels read x once; var_mean over several dimensions takes many times as long on CPUs. The two
         # running averages are thrown away: they say that statistics of half precision are wanted in full.
         unused = torch.zeros_like(weight), torch.ones_like(weight)
         local = torch.stack(torch.batch_norm_update_stats(x, *unused, 0.0))
-        found = local.new_empty(count * 2, x.shape[1])
+        found = local.new_empty(ranks.count * 2, x.shape[1])
         all_gather(found, local)
-        means, variances = found.view(count, 2, -1).unbind(1)
+        means, variances = found.view(ranks.count, 2, -1).unbind(1)
         # Ranks have equally many rows. This form loses no digits where the mean is large.
         mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps, ctx.count, ctx.elements = eps, count, count * x.numel() / x.shape[1]
+        ctx.eps, ctx.ranks, ctx.elements = eps, ranks, ranks.count * x.numel() / x.shape[1]
         ctx.mark_non_differentiable(mean, var)
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps), mean, var
 
@@ -42,7 +42,7 @@ class _Normalise(torch.autograd.Function):
         _, weight_gradient, bias_gradient = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, None, None, mean, scale, True, ctx.eps, wanted
         )
-        sums = sum_small(torch.stack([weight_gradient, bias_gradient]), ctx.count)
+        sums = ctx.ranks.sum(torch.stack([weight_gradient, bias_gradient]))
         # With n the normalised x: scale · weight · (gradient − mean(gradient · n) · n − mean(gradient)). The kernel of
         # the forward pass computes all but the first.
         scale = scale * weight
@@ -66,7 +66,7 @@ def synchronise(module: nn.Module, ranks: Ranks) -> None:
 def _forward(norm: Any, ranks: Ranks, x: Tensor) -> Tensor:
     if not norm.training:
         return type(norm).forward(norm, x)  # type: ignore[no-any-return]
-    y, mean, var = _Normalise.apply(x, norm.weight, norm.bias, norm.eps, ranks.count)
+    y, mean, var = _Normalise.apply(x, norm.weight, norm.bias, norm.eps, ranks)
     elements = ranks.count * x.numel() / x.shape[1]
     with torch.no_grad():
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
