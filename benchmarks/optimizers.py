@@ -130,7 +130,7 @@ def study_batch(args: argparse.Namespace) -> dict[str, Any]:
 
 def study_kinds(args: argparse.Namespace) -> dict[str, Any]:
     """Each optimizer at its best rate: the mean over seeds, for each recipe and pair of towers."""
-    pairs = args.pairs or 16_000
+    pairs = args.pairs or 48_000
     tuning = [
         Cell("clip", towers, kind, 128, rate, pairs, 0)
         for towers, kind in product(TOWERS, KINDS)
@@ -159,7 +159,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a claim does not hold")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of every cell (%(default)s)")
-    parser.add_argument("--pairs", type=int, help="pairs seen by each run (batch: 32,000; kinds: 16,000)")
+    parser.add_argument("--pairs", type=int, help="pairs seen by each run (batch: 32,000; kinds: 48,000)")
     parser.add_argument("--work", type=Path, default=Path("runs/optimizers"), help="where finished runs are kept")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (%(default)s)")
     args = parser.parse_args()
