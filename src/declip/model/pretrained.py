@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from declip.model.embed import TokenWise, embed_images, embed_texts
 from declip.model.export import FinishedModel, is_open_clip_folder, load_strictly, read_open_clip_folder
 from declip.model.heads import TokenMappings
 from declip.model.huggingface import is_huggingface_folder, read_huggingface
+from declip.model.preparation import Preparation
 from declip.model.released import read_released
 from declip.model.token_similarity import similarity
 from declip.model.towers import CONTEXT_LENGTH, Towers, build_from_config
@@ -26,6 +28,8 @@ from declip.model.towers import CONTEXT_LENGTH, Towers, build_from_config
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
+
+    from declip.data.decode import Pixels
 
     Picture = Image | str | os.PathLike[str] | np.ndarray
 
@@ -159,6 +163,11 @@ class LoadedModel:
         self.name, self.clip, self.preprocess, self.tokenizer = name, clip, preprocess, tokenizer
         self.token_wise = token_wise
 
+    @cached_property
+    def prepare(self) -> Preparation:
+        """Image files to uint8 [height, width, 3], for `encode_prepared`."""
+        return Preparation(self.preprocess)
+
     @property
     def device(self) -> torch.device:
         return next(self.clip.parameters()).device
@@ -172,6 +181,15 @@ class LoadedModel:
         embeddings = [
             embed_images(self.clip, torch.stack(part).to(self.device), self.token_wise).cpu()
             for part in _batches((self.preprocess(_open_image(image)) for image in _many(images)), batch_size)
+        ]
+        return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
+
+    @torch.inference_mode()
+    def encode_prepared(self, images: Sequence[Pixels], batch_size: int = 64) -> Tensor:
+        """As `encode_image`, of what `prepare` has made of image files, say in other processes."""
+        parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        embeddings = [
+            embed_images(self.clip, self.prepare.batch(part, self.device), self.token_wise).cpu() for part in parts
         ]
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
