@@ -1,0 +1,59 @@
+"""What models are judged on: pairs, and what a benchmark says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from declip.data.sources import Source
+from declip.errors import InputError
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """A set of pairs to judge models on.
+
+    name: what it is called in results; source: the pairs; tasks: what is asked (None: whatever they have captions or
+    labels for)
+    classes: names in the order of their numbers (None: the sorted labels of the pairs); templates: prompts (None: the
+    model's user chooses); metric: the published one of a classification, top1 or mean_per_class
+    train, validation: labelled pairs that a linear probe learns from, and chooses its strength with
+    folds: retrieval is judged within each of so many equal parts, in order (COCO's 1k)
+    """
+
+    __test__ = False  # pytest takes it for a test
+
+    name: str
+    source: Source
+    tasks: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+    metric: str = "top1"
+    train: Source | None = None
+    validation: Source | None = None
+    folds: int = 1
+
+
+def class_numbers(
+    labels: Sequence[str | None], classes: Sequence[str] | None, whose: str
+) -> tuple[list[str], list[int]]:
+    """The class names, and the number of each label's class, -1 where there is no label.
+
+    classes: in the order of their numbers; by default the sorted labels.
+    Raises InputError where a class is named twice or not at all, a label is none of them, or there is only one.
+    """
+    found = sorted({label for label in labels if label is not None})
+    names = list(found if classes is None else classes)
+    if blank := [number for number, name in enumerate(names) if not name.strip()]:
+        raise InputError(f"{whose}: class {blank[0]} has an empty name: give every class a name.")
+    position = {name: number for number, name in enumerate(names)}
+    if len(position) < len(names):
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{whose}: the class {doubled!r} is named twice: a label could mean either.")
+    if outside := [label for label in found if label not in position]:
+        raise InputError(
+            f"{whose}: the label {outside[0]!r} is none of the {len(names)} classes"
+            + (f" ({len(outside)} labels are not)" if len(outside) > 1 else "")
+            + ": give the list that belongs to the labels."
+        )
+    return names, [-1 if label is None else position[label] for label in labels]
