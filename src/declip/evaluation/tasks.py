@@ -3,33 +3,143 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from declip.errors import InputError
+from declip.evaluation import Progress
 from declip.evaluation.class_cache import cached_class_embeddings
-from declip.evaluation.embedding import Embedded, Encoder, Progress, embed_texts
+from declip.evaluation.embedding import Embedded, Encoder, embed_texts
 from declip.evaluation.judged import MISSED, Judged
+from declip.evaluation.retrieval import metrics_of_ranks, retrieval_ranks
 from declip.evaluation.sets import TestSet, class_numbers
-
-TASKS = ("retrieval", "zero-shot", "linear-probe")
+from declip.evaluation.zero_shot import metrics_of_ranks as accuracies
+from declip.evaluation.zero_shot import zero_shot_ranks
 
 
 def possible_tasks(test: TestSet, embedded: Embedded) -> tuple[str, ...]:
-    """What can be asked of the pairs: retrieval where they have captions, zero-shot where they have two labels."""
+    """What can be asked of the pairs: retrieval where they have captions, classification where they have two labels."""
     if test.tasks is not None:
         return test.tasks
     possible = []
     if any(embedded.captions):
         possible.append("retrieval")
     if len({label for label in embedded.labels if label is not None}) >= 2:
-        possible.append("zero-shot")
-    if test.train is not None:
-        possible.append("linear-probe")
+        possible += ["zero-shot"] + ["linear-probe"] * (test.train is not None)
     if not possible:
         raise InputError(
             f"{test.name} has neither captions nor labels of at least two classes: there is nothing to judge."
         )
     return tuple(possible)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The captions of a set's readable images, each different one once: embeddings, and what belongs to what.
+
+    rows: int64 [texts], of each caption the row of its embedding; image: int64 [texts], place among `captioned`;
+    captioned: int64 [images], rows of the embedded images that have a caption
+    """
+
+    texts: list[str]
+    embeddings: Tensor
+    rows: Tensor
+    image: Tensor
+    captioned: Tensor
+
+
+def embed_captions(model: Encoder, test: TestSet, embedded: Embedded, progress: Progress | None) -> Texts:
+    """Equal captions are encoded once: in different batches they might come out different in the last bits."""
+    sources = embedded.rows.tolist()
+    captioned = [place for place, row in enumerate(sources) if embedded.captions[row]]
+    if not captioned:
+        raise InputError(
+            f"{test.name} has no captions, so retrieval cannot be judged: name their column, or leave it out."
+        )
+    texts = [text for place in captioned for text in embedded.captions[sources[place]]]
+    owner = [new for new, place in enumerate(captioned) for _ in embedded.captions[sources[place]]]
+    unique = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+    return Texts(
+        texts,
+        embed_texts(model, list(unique), f"captions of {test.name}", progress),
+        torch.tensor([unique[text] for text in texts]),
+        torch.tensor(owner),
+        torch.tensor(captioned),
+    )
+
+
+def retrieval(test: TestSet, embedded: Embedded, texts: Texts, judged: Judged) -> None:
+    """Ranks both ways among the images that can be read; what is asked of the others is missed."""
+    images = embedded.images[texts.captioned]
+    found: dict[str, list[Tensor]] = {"text_to_image": [], "image_to_text": []}
+    for first, last in _folds(len(images), test.folds, test.name):
+        own = ((texts.image >= first) & (texts.image < last)).nonzero()[:, 0]
+        ranks = retrieval_ranks(images[first:last], texts.embeddings[texts.rows[own]], texts.image[own] - first)
+        for way, parts in found.items():
+            parts.append(ranks[way])
+    lost = [row for row in embedded.undecodable if embedded.captions[row]]
+    judged.items, judged.undecodable = len(images) + len(lost), len(lost)
+    lost_images = torch.arange(len(images), judged.items)
+    lost_captions = torch.tensor([len(embedded.captions[row]) for row in lost], dtype=torch.int64)
+    judged.units = {
+        "text_to_image": torch.cat([texts.image, lost_images.repeat_interleave(lost_captions)]),
+        "image_to_text": torch.arange(judged.items),
+    }
+    for way, units in judged.units.items():
+        missed = torch.full((len(units) - sum(map(len, found[way])),), MISSED)
+        judged.ranks[way] = torch.cat([*found[way], missed])
+    judged.metrics = metrics_of_ranks(judged.ranks)
+
+
+def _folds(images: int, folds: int, whose: str) -> list[tuple[int, int]]:
+    if images < folds:
+        raise InputError(f"{whose} is judged in {folds} parts, and only {images} of its images can be read.")
+    ends = [images * fold // folds for fold in range(folds + 1)]
+    return list(zip(ends, ends[1:], strict=False))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What can be classified: places in the source, rows among the embedded images (-1: unreadable), class numbers."""
+
+    names: list[str]
+    sources: Tensor
+    rows: Tensor
+    classes: Tensor
+
+
+def labelled(test: TestSet, embedded: Embedded) -> Labelled:
+    """The pairs with a label, and their classes; raises InputError where there are fewer than two of these."""
+    names, numbers = class_numbers(embedded.labels, test.classes, test.name)
+    if len(names) < 2:
+        found = f"only the class {names[0]!r}" if names else "no labels"
+        raise InputError(
+            f"{test.name} has {found}, so it cannot be classified: name the label column, or leave that task out."
+        )
+    place = torch.full((len(numbers),), -1)
+    place[embedded.rows] = torch.arange(len(embedded.rows))
+    classes = torch.tensor(numbers)
+    sources = (classes >= 0).nonzero()[:, 0]
+    return Labelled(names, sources, place[sources], classes[sources])
+
+
+def zero_shot_classes(model: Encoder, test: TestSet, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    return cached_class_embeddings(model, names, test.templates or templates)
+
+
+def classification(of: Labelled, ranks_of_readable: Tensor, judged: Judged) -> None:
+    """Ranks of the right class, 0 = first, of the images that can be read; the others are missed."""
+    readable = of.rows >= 0
+    ranks = torch.full((len(of.rows),), MISSED)
+    ranks[readable] = ranks_of_readable
+    judged.items, judged.undecodable = len(ranks), int((~readable).sum())
+    judged.ranks, judged.classes = {"class": ranks}, of.classes
+    judged.metrics = accuracies(ranks, of.classes, len(of.names))
+
+
+def zero_shot(embedded: Embedded, of: Labelled, classes: Tensor, judged: Judged) -> None:
+    readable = of.rows >= 0
+    classification(of, zero_shot_ranks(embedded.images[of.rows[readable]], classes, of.classes[readable]), judged)
