@@ -18,11 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from declip.data.decode import decode_image
 from declip.data.sources import BrokenPair, Source
 from declip.errors import InputError
+from declip.evaluation import Progress
 
 if TYPE_CHECKING:
     import numpy as np
-
-Progress = Callable[[str, int, int], None]
 
 # Images go to the model in groups of at most so many, and of at most so many bytes: photos of twelve megapixels, which
 # a model that is not ours may want whole, must not fill the memory.
@@ -53,18 +52,17 @@ class Embedded:
     """A source's pairs as a model sees them.
 
     images: float32 [images, width], embeddings of those that decode; rows: int64 [images], their places in the source
-    undecodable: places of pairs with a caption or a label whose image cannot be read: whatever is asked of them is
-        missed, so that a broken file does not make a test easier
-    skipped: how many pairs have nothing that could be asked
-    broken: the first few of both, each in a few words
+    captions, labels: of every pair of the source
+    unreadable: places of the pairs whose image cannot be read: whatever is asked of them is missed, so that a broken
+        file does not make a test easier
+    broken: the first few of them, each in a few words
     """
 
     images: Tensor
     rows: Tensor
-    captions: list[tuple[str, ...]] = field(default_factory=list)  # of every pair of the source
+    captions: list[tuple[str, ...]] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
-    undecodable: list[int] = field(default_factory=list)
-    skipped: int = 0
+    unreadable: list[int] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
 
@@ -89,7 +87,7 @@ class _Reader(Dataset[list[_Item]]):
         try:
             pair = self.source[index]
         except BrokenPair as error:
-            return _Item(index, None, self.source.captions(index), None, str(error))
+            return _Item(index, None, self.source.captions(index), self.source.label(index), str(error))
         try:
             return _Item(index, self.prepare(pair.image), pair.captions, pair.label)
         except ValueError as error:
@@ -97,9 +95,9 @@ class _Reader(Dataset[list[_Item]]):
 
 
 def embed_source(
-    model: Encoder, source: Source, progress: Progress | None = None, workers: int | None = None
+    model: Encoder, source: Source, name: str, progress: Progress | None = None, workers: int | None = None
 ) -> Embedded:
-    """Embed all images of a source; `workers` loader processes read them (by default as many as there are spare cores).
+    """Embed all images of a source called `name`; `workers` loader processes read them (by default as many as there are spare cores).
 
     Raises InputError where no image at all can be read, or an embedding has a value that is no number.
     """
@@ -114,11 +112,11 @@ def embed_source(
             parts.append(torch.as_tensor(encode(images)).float().cpu())
             rows += indices
         if progress:
-            progress(f"images of {source.name}", done, count)
+            progress(f"images of {name}", done, count)
     if not rows:
-        raise InputError(f"{source.name}: all {count} pairs are broken; the first: {found.broken[0].rstrip('.')}.")
+        raise InputError(f"{name}: all {count} pairs are broken; the first: {found.broken[0].rstrip('.')}.")
     found.images, found.rows = torch.cat(parts), torch.tensor(rows)
-    check_finite(found.images, f"{model.name} gives, for {source.name},")
+    check_finite(found.images, f"{model.name} gives, for {name},")
     return found
 
 
@@ -156,10 +154,7 @@ def _groups(items: Iterable[_Item], found: Embedded) -> Iterator[tuple[list[np.n
         done += 1
         found.captions[item.row], found.labels[item.row] = item.captions, item.label
         if item.image is None:
-            if item.captions or item.label is not None:
-                found.undecodable.append(item.row)
-            else:
-                found.skipped += 1
+            found.unreadable.append(item.row)
             if len(found.broken) < _NAMED:
                 found.broken.append(item.reason)
             continue

@@ -28,9 +28,9 @@ class Judged:
     model: str
     data: str
     task: str
-    items: int
-    skipped: int
-    undecodable: int
+    items: int = 0
+    skipped: int = 0
+    undecodable: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
     ranks: dict[str, Tensor] = field(default_factory=dict)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from declip.data.sources import Source
 from declip.errors import InputError
 
@@ -15,7 +18,8 @@ class TestSet:
 
     name: what it is called in results; source: the pairs; tasks: what is asked (None: whatever they have captions or
     labels for)
-    classes: names in the order of their numbers (None: the sorted labels of the pairs); templates: prompts (None: the
+    classes: names in the order of their numbers (None: the sorted labels of the pairs); labels: int64 [pairs], the
+    number of each pair's class, where its label does not say it; templates: prompts (None: the
     model's user chooses); metric: the published one of a classification, top1 or mean_per_class
     train, validation: labelled pairs that a linear probe learns from, and chooses its strength with
     folds: retrieval is judged within each of so many equal parts, in order (COCO's 1k)
@@ -27,10 +31,11 @@ class TestSet:
     source: Source
     tasks: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
+    labels: NDArray[np.int64] | None = None
     templates: tuple[str, ...] | None = None
     metric: str = "top1"
-    train: Source | None = None
-    validation: Source | None = None
+    train: TestSet | None = None
+    validation: TestSet | None = None
     folds: int = 1
 
 

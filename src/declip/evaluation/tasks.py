@@ -80,8 +80,9 @@ def retrieval(test: TestSet, embedded: Embedded, texts: Texts, judged: Judged) -
         ranks = retrieval_ranks(images[first:last], texts.embeddings[texts.rows[own]], texts.image[own] - first)
         for way, parts in found.items():
             parts.append(ranks[way])
-    lost = [row for row in embedded.undecodable if embedded.captions[row]]
+    lost = [row for row in embedded.unreadable if embedded.captions[row]]
     judged.items, judged.undecodable = len(images) + len(lost), len(lost)
+    judged.skipped = len(embedded.captions) - judged.items
     lost_images = torch.arange(len(images), judged.items)
     lost_captions = torch.tensor([len(embedded.captions[row]) for row in lost], dtype=torch.int64)
     judged.units = {
@@ -103,8 +104,13 @@ def _folds(images: int, folds: int, whose: str) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What can be classified: places in the source, rows among the embedded images (-1: unreadable), class numbers."""
+    """What can be classified of so many pairs.
 
+    sources, rows, classes: int64 [images], places in the source, rows among the embedded images (-1: unreadable), and
+    numbers of the classes
+    """
+
+    pairs: int
     names: list[str]
     sources: Tensor
     rows: Tensor
@@ -113,7 +119,10 @@ class Labelled:
 
 def labelled(test: TestSet, embedded: Embedded) -> Labelled:
     """The pairs with a label, and their classes; raises InputError where there are fewer than two of these."""
-    names, numbers = class_numbers(embedded.labels, test.classes, test.name)
+    if test.labels is None:
+        names, numbers = class_numbers(embedded.labels, test.classes, test.name)
+    else:
+        names, numbers = list(test.classes or ()), test.labels.tolist()
     if len(names) < 2:
         found = f"only the class {names[0]!r}" if names else "no labels"
         raise InputError(
@@ -123,7 +132,7 @@ def labelled(test: TestSet, embedded: Embedded) -> Labelled:
     place[embedded.rows] = torch.arange(len(embedded.rows))
     classes = torch.tensor(numbers)
     sources = (classes >= 0).nonzero()[:, 0]
-    return Labelled(names, sources, place[sources], classes[sources])
+    return Labelled(len(numbers), names, sources, place[sources], classes[sources])
 
 
 def zero_shot_classes(model: Encoder, test: TestSet, names: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -136,6 +145,7 @@ def classification(of: Labelled, ranks_of_readable: Tensor, judged: Judged) -> N
     ranks = torch.full((len(of.rows),), MISSED)
     ranks[readable] = ranks_of_readable
     judged.items, judged.undecodable = len(ranks), int((~readable).sum())
+    judged.skipped = of.pairs - judged.items
     judged.ranks, judged.classes = {"class": ranks}, of.classes
     judged.metrics = accuracies(ranks, of.classes, len(of.names))
 
