@@ -81,8 +81,9 @@ def test_run_folder(tiny: MakeRecipe, tmp_path: Path, method: str) -> None:
     held_out = {row["step"]: row["held_out"] for row in rows if "held_out" in row}
     assert summary["held_out_score"] == pytest.approx(max(row["score"] for row in held_out.values()), abs=0.01)
     best = held_out[summary["best_step"]]
-    recalls = [best[f"{way}_r{k}"] for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
-    assert best["score"] == pytest.approx(sum(recalls) / 6, abs=0.01)
+    recalls = [f"{way}_r{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    assert best.keys() == {*recalls, "score"}
+    assert best["score"] == pytest.approx(sum(best[name] for name in recalls) / 6, abs=0.01)
     assert json.loads(json.dumps(summary)) == summary
 
 

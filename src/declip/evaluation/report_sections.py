@@ -129,6 +129,8 @@ def results(models: Sequence[ModelResult]) -> str:
     """Tables of all metrics: retrieval first, then retrieval on other sets of pairs, then everything else."""
     tables: dict[str, dict[str, list[tuple[str, str]]]] = {"": {}}
     for key in dict.fromkeys(key for model in models for key in model.metrics):
+        if key.endswith("_median_rank"):  # neither in percent nor better where it is larger
+            continue
         match = _RETRIEVAL.search(key)
         if match:
             rest = words((key[: match.start()] + " " + key[match.end() :]).strip(" _-:/."))

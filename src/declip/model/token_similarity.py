@@ -97,10 +97,25 @@ def similarity(queries: Tensor, items: Tensor) -> Tensor:
     return found
 
 
+@torch.no_grad()
+def similarity_of_pairs(queries: Tensor, items: Tensor) -> Tensor:
+    """How alike each query and the item in the same place are, as `similarity` has it on its diagonal: [pairs]."""
+    if queries.ndim == 2:
+        return (queries * items).sum(dim=-1)
+    weights, mask = _weights(queries), (items != 0).any(dim=-1)
+    products = (queries @ items.mT).masked_fill_(~mask[:, None], float("-inf"))
+    return (products.amax(dim=-1) * weights).sum(dim=-1)
+
+
+def _weights(tokens: Tensor) -> Tensor:
+    """The share of each token in the mean: [n, tokens]."""
+    counts = (tokens != 0).any(dim=-1).to(tokens.dtype)
+    return counts / counts.sum(dim=1, keepdim=True)
+
+
 def _mean_best_match(queries: Tensor, items: Tensor) -> Tensor:
     """As MeanBestMatch, without noting which token was best: that costs as much as the products themselves."""
-    counts = (queries != 0).any(dim=-1).to(queries.dtype)
-    weights, mask = counts / counts.sum(dim=1, keepdim=True), (items != 0).any(dim=-1)
+    weights, mask = _weights(queries), (items != 0).any(dim=-1)
     means = []
     for part in _chunks(queries, items):
         # Items first: the maximum is then over a middle axis, which is ten times faster than over a short last one.

@@ -68,6 +68,7 @@ class HeldOut:
         images, texts = (
             torch.cat(parts).to("cpu" if token_wise is None else device) for parts in (image_parts, text_parts)
         )
-        metrics = retrieval_metrics(images, texts, self.image_of_text)
+        found = retrieval_metrics(images, texts, self.image_of_text)
+        metrics = {name: value for name, value in found.items() if not name.endswith("_median_rank")}
         finite = bool(images.isfinite().all() and texts.isfinite().all())
         return {**metrics, "score": sum(metrics.values()) / len(metrics) if finite else math.nan}
