@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 import declip
 from declip.cli.data import add_data
-from declip.cli.terminal import command, console, folder, is_rank, positive, progress_bar
+from declip.cli.evaluate import MODEL, add_evaluate
+from declip.cli.terminal import command, console, folder, is_rank, positive
 from declip.cli.train import add_train
 from declip.errors import RANK_LOST, InputError, Preempted, RankLost, RunStopped
 
-MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
 DONE, STOPPED, BROKEN_PIPE, WRONG_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
 
 
@@ -145,7 +145,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"declip {declip.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help(), json=False, rest=None, code=DONE)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_demo, add_train, _add_evaluate, add_data, _add_convert, _add_recipes):
+    for add in (_add_demo, add_train, add_evaluate, add_data, _add_convert, _add_recipes):
         add(commands)
     args, extras = parser.parse_known_args(argv)
     # argparse takes the values of `train RECIPE a=1 --out DIR b=2` in one piece only; the later ones come back here.
@@ -163,32 +163,6 @@ def _add_demo(commands: Any) -> None:
         "--out", type=folder, default="demo-run", metavar="DIR", help="folder for the runs and the report (%(default)s)"
     )
     parser.add_argument("--minutes", type=positive, default=10.0, metavar="N", help="about how long (%(default)g)")
-
-
-def _add_evaluate(commands: Any) -> None:
-    example = "declip evaluate runs/mine test.parquet --task retrieval"
-    parser = command(commands, "evaluate", _evaluate, "judge a model: retrieval, zero-shot classification", example)
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument(
-        "data", metavar="DATA", nargs="+", help="parquet files, caption tables beside images, demo:NAME"
-    )
-    parser.add_argument(
-        "--task",
-        action="append",
-        metavar="TASK",
-        help="retrieval or zero-shot; may be given again (default: whatever the data has captions or labels for)",
-    )
-    parser.add_argument("--image", metavar="COL", help="name of the image column")
-    parser.add_argument("--captions", action="append", default=[], metavar="COL", help="name of a caption column")
-    parser.add_argument("--label", metavar="COL", help="name of the label column")
-    parser.add_argument("--key", metavar="COL", help="name of the key column")
-    parser.add_argument(
-        "--template",
-        action="append",
-        metavar="STR",
-        help="zero-shot prompt with {} for the class, or a set: openai (80 prompts, the default), simple (7)",
-    )
-    parser.set_defaults(rest="data")
 
 
 def _add_convert(commands: Any) -> None:
@@ -221,18 +195,6 @@ def _demo(args: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    from declip.evaluation import evaluate
-    from declip.pairs import Data
-
-    options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
-    with progress_bar() as progress:
-        result = evaluate(args.model, args.data, args.task, options, progress, args.template)
-    if not args.json:
-        _print_results(result)
-    return result
-
-
 def _convert(args: argparse.Namespace) -> dict[str, Any]:
     from declip.model.convert import convert
 
@@ -246,44 +208,6 @@ def _convert(args: argparse.Namespace) -> dict[str, Any]:
             table.add_row(name.replace("_", " "), str(shown or "none"))
         console().print(table)
     return result
-
-
-def _print_results(result: dict[str, Any]) -> None:
-    """One table for each task, in percent; retrieval has a row for each direction."""
-    from rich.table import Table
-    from rich.text import Text
-
-    out = console()
-    out.print(Text(f"Model: {result['model']}"))
-    for task in dict.fromkeys(row["task"] for row in result["results"]):
-        rows = [(row, _by_direction(row["metrics"])) for row in result["results"] if row["task"] == task]
-        table = Table("data", title=f"{task} (%)", title_justify="left")
-        for heading in ("items", "skipped"):
-            table.add_column(heading, justify="right")
-        both_ways = "" not in rows[0][1]
-        if both_ways:
-            table.add_column("from → to")
-        for heading in next(iter(rows[0][1].values())):
-            table.add_column(heading, justify="right")
-        for row, directions in rows:
-            first: list[str | Text] = [Text(row["data"], overflow="fold"), f"{row['items']:,}", f"{row['skipped']:,}"]
-            for direction, metrics in directions.items():
-                ways = [direction] if both_ways else []
-                table.add_row(*first, *ways, *(f"{score:.1f}" for score in metrics.values()))
-                first = ["", "", ""]
-        out.print(table)
-
-
-def _by_direction(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
-    """``text_to_image_r5`` as ``{"text → image": {"R@5": …}}``, ``top1`` as ``{"": {"top-1": …}}``."""
-    found: dict[str, dict[str, float]] = {}
-    for name, score in metrics.items():
-        way, recall, k = name.rpartition("_r")
-        if recall:
-            found.setdefault(way.replace("_to_", " → "), {})[f"R@{k}"] = score
-        else:
-            found.setdefault("", {})[name.replace("top", "top-")] = score
-    return found
 
 
 def _recipes(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,12 @@ from declip.cli.terminal import command, console, progress_bar
 from declip.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from declip.evaluation import Progress
+    from declip.evaluation.details import Overlap
     from declip.evaluation.judged import Judged
+    from declip.evaluation.sets import TestSet
     from declip.evaluation.suite import Evaluation
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
@@ -71,7 +77,9 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_known(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", type=Path, default=Path("."), metavar="DIR", help="where known sets lie (%(default)s)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("."), metavar="DIR", help="where known sets lie (%(default)s)"
+    )
     parser.add_argument("--list", action="store_true", help="list the known sets, what they need, and which are found")
     parser.add_argument("--download", action="store_true", help="fetch known sets that are not there into --root")
 
@@ -101,3 +109,186 @@ def _shots(text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers above 0, as 1,2,4")
     return sorted({int(part) for part in parts})
+
+
+def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    if args.list:
+        return _list(args)
+    if args.model is None or not args.data:
+        raise InputError("Name a model and what to judge it on, as in: declip evaluate runs/mine test.parquet.")
+    if missing := next((path for path in args.save if not path.parent.is_dir()), None):
+        raise InputError(f"{missing} cannot be written: there is no folder {missing.parent}.")
+    from declip.evaluation.opening import open_tests, openers
+    from declip.evaluation.suite import evaluate_models
+    from declip.model.prompts import resolve_templates
+    from declip.pairs import Data
+
+    resolve_templates(args.template)
+    options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
+    tests = open_tests(args.data, args.task, options, train=args.train, root=args.root, fetch=args.download)
+    models = [args.model, *args.against]
+    with progress_bar() as progress:
+        found = evaluate_models(
+            openers(models),
+            tests,
+            args.template,
+            args.task,
+            seed=args.seed,
+            shots=args.shots,
+            progress=progress,
+            details=any(path.suffix == ".html" for path in args.save),
+            robustness=args.robustness,
+        )
+        overlaps = [] if args.leaks == "off" else _overlaps(models, tests, args.leaks == "all", progress)
+    result = {
+        "model": found.results[0].model,
+        "results": [judged.row() for judged in found.results],
+        "comparisons": [comparison.row() for comparison in found.comparisons],
+        "overlaps": [asdict(overlap) for overlap in overlaps],
+    }
+    for path in args.save:
+        _save(path, found, overlaps, result)
+    if not args.json:
+        _print_results(found, overlaps)
+    return result
+
+
+def _overlaps(models: Sequence[str], tests: Sequence[TestSet], unbounded: bool, progress: Progress) -> list[Overlap]:
+    """For each run folder and set, which test images were trained on."""
+    from declip.curation.overlap import MOST, overlap
+    from declip.evaluation.details import Overlap
+    from declip.recipe import load_recipe
+    from declip.training.pairs import open_pairs
+
+    found: list[Overlap] = []
+    looked_at: dict[str, Any] = {}
+    for model in models:
+        recipe = Path(model.removeprefix("local-dir:")) / "recipe.toml"
+        if not recipe.is_file():
+            continue
+        try:
+            train, _ = open_pairs(load_recipe(str(recipe)).data)
+        except InputError as error:  # the pairs may lie on another machine
+            found += [
+                Overlap(model, test.name, len(test.source), 0, 0, checked=False, reason=str(error)) for test in tests
+            ]
+            continue
+        most = len(train) if unbounded else MOST
+        found += [overlap(model, test.name, test.source, train, progress, looked_at, most) for test in tests]
+    return found
+
+
+def _save(path: Path, found: Evaluation, overlaps: Sequence[Overlap], result: dict[str, Any]) -> None:
+    import json
+
+    from declip.evaluation.tables import as_csv, as_latex, as_markdown
+    from declip.files import write_atomically
+
+    if path.suffix == ".html":
+        from declip.evaluation.report.evaluation import write_evaluation_report
+        from declip.evaluation.report.published import published_rows
+
+        tasks = dict.fromkeys((judged.data, judged.task) for judged in found.results)
+        published = [row for data, task in tasks for row in published_rows(data, task)]
+        write_evaluation_report(path, found.results, found.details, found.comparisons, overlaps, published, [])
+        return
+    texts = {".json": lambda _: json.dumps(result, indent=1), ".csv": as_csv, ".md": as_markdown, ".tex": as_latex}
+    text = texts[path.suffix](found.results)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), several=True)
+
+
+def _print_results(found: Evaluation, overlaps: Sequence[Overlap]) -> None:
+    """A table for each task, in percent with 95 % intervals; retrieval has a row for each direction."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    models = list(dict.fromkeys(judged.model for judged in found.results))
+    if len(models) == 1:
+        out.print(Text(f"Model: {models[0]}"))
+    for task in dict.fromkeys(judged.task for judged in found.results):
+        judged = [one for one in found.results if one.task == task]
+        table = Table("data", title=f"{task} (%, 95 % interval)", title_justify="left")
+        if len(models) > 1:
+            table.add_column("model", overflow="fold")
+        for heading in ("images", "unreadable"):
+            table.add_column(heading, justify="right")
+        columns = list(dict.fromkeys(name for one in judged for name in _by_direction(one).values() for name in name))
+        both_ways = task == "retrieval"
+        if both_ways:
+            table.add_column("from → to")
+        for heading in columns:
+            table.add_column(heading, justify="right")
+        for one in judged:
+            shots = f", {one.settings['shots']} a class" if "shots" in one.settings else ""
+            first: list[str | Text] = [Text(one.data + shots, overflow="fold")]
+            first += [Text(one.model)] if len(models) > 1 else []
+            first += [f"{one.items:,}", f"{one.undecodable:,}"]
+            for way, cells in _by_direction(one).items():
+                table.add_row(*first, *([way] if both_ways else []), *(cells.get(name, "–") for name in columns))
+                first = [""] * len(first)
+        out.print(table)
+    for line in _remarks(found, overlaps):
+        out.print(Text(line))
+
+
+def _by_direction(judged: Judged) -> dict[str, dict[str, str]]:
+    """``text_to_image_r5`` as ``{"text → image": {"R@5": …}}``, ``top1`` as ``{"": {"top-1": …}}``."""
+    from declip.evaluation.judged import metric_name
+    from declip.evaluation.tables import shown
+
+    found: dict[str, dict[str, str]] = {}
+    for name in judged.metrics:
+        way = next((way for way in judged.ranks if name.startswith(f"{way}_")), "")
+        title = metric_name(name)
+        shown_way = way.replace("_to_", " → ")
+        found.setdefault(shown_way, {})[title.removeprefix(f"{shown_way} ")] = shown(judged, name)
+    return found
+
+
+def _remarks(found: Evaluation, overlaps: Sequence[Overlap]) -> list[str]:
+    """What tables do not say: who is ahead, what was trained on, what could not be read."""
+    from declip.evaluation.judged import metric_name
+
+    lines = []
+    for one in found.comparisons:
+        low, high = one.interval
+        sure = "" if low > 0 or high < 0 else ": no difference that these items can show"
+        lines.append(
+            f"{one.data}, {metric_name(one.metric)}: {one.models[0]} less {one.models[1]} is {one.difference:+.1f} "
+            f"({low:+.1f} to {high:+.1f}, p = {one.p:.2g}){sure}"
+        )
+    for copy in overlaps:
+        if not copy.checked:
+            lines.append(f"{copy.data} was not compared with what {copy.model} was trained on: {copy.reason}")
+        elif copy.exact or copy.near:
+            lines.append(
+                f"Of {copy.data}, {copy.exact:,} of {copy.items:,} images also are among the training pairs of "
+                f"{copy.model}, and {copy.near:,} nearly so: its figures are too good."
+            )
+    broken = {one.data: one.broken for one in found.results if one.undecodable}
+    lines += [f"{data}: unreadable images count as missed; the first: {first[0]}" for data, first in broken.items()]
+    return lines
+
+
+def _list(args: argparse.Namespace) -> dict[str, Any]:
+    from declip.evaluation.datasets import listing
+
+    rows = listing(args.root)
+    if not args.json:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("set", "tasks", "metric", "found", "needs, under --root", "from")
+        for row in rows:
+            cells = [
+                row["name"],
+                ", ".join(row["tasks"]),
+                row["metric"],
+                row["found"] or "–",
+                row["needs"],
+                row["source"],
+            ]
+            table.add_row(*(Text(cell, overflow="fold") for cell in cells))
+        console().print(table)
+    return {"root": str(args.root), "sets": rows}

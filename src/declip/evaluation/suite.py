@@ -34,7 +34,7 @@ class Evaluation:
 def evaluate_models(
     models: Sequence[Callable[[], Encoder]],
     tests: Sequence[TestSet],
-    templates: Sequence[str],
+    templates: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     *,
     seed: int = 0,
@@ -61,7 +61,7 @@ def evaluate_models(
 def judge(
     model: Encoder,
     test: TestSet,
-    templates: Sequence[str],
+    templates: Sequence[str] | None = None,
     tasks: Sequence[str] | None = None,
     *,
     seed: int = 0,
@@ -77,7 +77,7 @@ def judge(
             retrieval(test, embedded, embed_captions(model, test, embedded, progress), judged)
         elif task == "zero-shot":
             of = labelled(test, embedded)
-            zero_shot(embedded, of, zero_shot_classes(model, test, of.names, templates), judged)
+            zero_shot(embedded, of, zero_shot_classes(model, test, of.names, templates, progress), judged)
         else:
             results += probes(model, test, embedded, judged, shots, seed, progress)
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +11,13 @@ from torch import Tensor
 from declip.errors import InputError
 from declip.evaluation import Progress
 from declip.evaluation.class_cache import cached_class_embeddings
-from declip.evaluation.embedding import Embedded, Encoder, embed_texts
+from declip.evaluation.embedding import Embedded, Encoder, check_finite, embed_texts
 from declip.evaluation.judged import MISSED, Judged
 from declip.evaluation.retrieval import metrics_of_ranks, retrieval_ranks
 from declip.evaluation.sets import TestSet, class_numbers
 from declip.evaluation.zero_shot import metrics_of_ranks as accuracies
 from declip.evaluation.zero_shot import zero_shot_ranks
+from declip.model.prompts import resolve_templates
 
 
 def possible_tasks(test: TestSet, embedded: Embedded) -> tuple[str, ...]:
@@ -135,8 +135,18 @@ def labelled(test: TestSet, embedded: Embedded) -> Labelled:
     return Labelled(len(numbers), names, sources, place[sources], classes[sources])
 
 
-def zero_shot_classes(model: Encoder, test: TestSet, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    return cached_class_embeddings(model, names, test.templates or templates)
+def zero_shot_classes(
+    model: Encoder, test: TestSet, names: Sequence[str], templates: Sequence[str] | None, progress: Progress | None
+) -> Tensor:
+    """Embeddings of the classes, of prompts as given, else the set's own, else OpenAI's for ImageNet."""
+    prompts = resolve_templates(templates or test.templates)
+    if progress:
+        progress(f"prompts of {test.name}", 0, len(names))
+    found = cached_class_embeddings(model, names, prompts)
+    check_finite(found, f"{model.name} gives, for the classes of {test.name},")
+    if progress:
+        progress(f"prompts of {test.name}", len(names), len(names))
+    return found
 
 
 def classification(of: Labelled, ranks_of_readable: Tensor, judged: Judged) -> None:
