@@ -73,6 +73,9 @@ class Source(Protocol):
     def key(self, i: int, /) -> str:
         """The key of pair i without reading its image."""
 
+    def label(self, i: int, /) -> str | None:
+        """The label of pair i without reading its image."""
+
     def where(self, i: int, /) -> str:
         """The place of pair i on disk, for a message."""
 
@@ -143,6 +146,10 @@ class Concatenation:
         source, j = self._find(i)
         return source.key(j)
 
+    def label(self, i: int, /) -> str | None:
+        source, j = self._find(i)
+        return source.label(j)
+
     def where(self, i: int, /) -> str:
         source, j = self._find(i)
         return source.where(j)
@@ -188,6 +195,9 @@ class Subset:
 
     def key(self, i: int, /) -> str:
         return self.source.key(int(self.indices[i]))
+
+    def label(self, i: int, /) -> str | None:
+        return self.source.label(int(self.indices[i]))
 
     def where(self, i: int, /) -> str:
         return self.source.where(int(self.indices[i]))

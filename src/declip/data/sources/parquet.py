@@ -147,6 +147,10 @@ class ParquetSource:
         part, row = self._find(i)
         return self._texts(part).key(row)
 
+    def label(self, i: int, /) -> str | None:
+        part, row = self._find(i)
+        return self._texts(part).label(row)
+
     def where(self, i: int, /) -> str:
         part, row = self._find(i)
         number, _, first, _ = self._parts[part]

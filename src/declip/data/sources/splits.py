@@ -55,6 +55,9 @@ class Without:
     def key(self, i: int, /) -> str:
         return self.source.key(self._index(i))
 
+    def label(self, i: int, /) -> str | None:
+        return self.source.label(self._index(i))
+
     def where(self, i: int, /) -> str:
         return self.source.where(self._index(i))
 

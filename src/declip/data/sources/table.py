@@ -69,10 +69,10 @@ class TableSource:
     def __getitem__(self, i: int, /) -> Pair:
         i = position(i, len(self))
         captions = self.captions(i)
-        label = None if self.label_column is None else plain(self.label_column[i])
+        label = self.label(i)
         if self.caption_columns and not captions and (self.need_captions or label is None):
             raise BrokenPair(self.key(i), self.where(i), "it has no caption that is not empty")
-        return Pair(self.key(i), self._image(i), captions, None if label is None else _name(label), self.where(i))
+        return Pair(self.key(i), self._image(i), captions, label, self.where(i))
 
     def captions(self, i: int, /) -> tuple[str, ...]:
         i = position(i, len(self))
@@ -85,6 +85,11 @@ class TableSource:
         i = position(i, len(self))
         key = None if self.key_column is None else plain(self.key_column[i])
         return _name(self.first + i if key is None else key)
+
+    def label(self, i: int, /) -> str | None:
+        i = position(i, len(self))
+        label = None if self.label_column is None else plain(self.label_column[i])
+        return None if label is None else _name(label)
 
     def where(self, i: int, /) -> str:
         """The place of pair i on disk."""

@@ -83,6 +83,9 @@ class TarSource:
         shard, row = self._find(i)
         return shard.key(row)
 
+    def label(self, i: int, /) -> str | None:
+        return self._texts(*self._find(i))[1]
+
     def where(self, i: int, /) -> str:
         shard, row = self._find(i)
         return f"{shard.path}, member {shard.key(row)}"

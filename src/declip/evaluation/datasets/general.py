@@ -1,0 +1,169 @@
+"""Layouts that any set may have: CLIP benchmark's shards, Hugging Face datasets, parquet files and image folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from declip.data.sources import Pair, Source, joined, open_sources
+from declip.data.sources.base import clean_captions
+from declip.data.sources.folder import open_folder
+from declip.errors import InputError, first_line
+from declip.evaluation.datasets.labelled import Read, numbered, spoken
+from declip.evaluation.datasets.layouts import Found, parquet_files
+from declip.pairs import Data
+
+_NO_CAPTIONS = Data(templates=[])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinesSource:
+    """A source whose captions hold several each, a line a caption, as CLIP benchmark's retrieval shards have them."""
+
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def named(self) -> bool:
+        return self.source.named
+
+    @property
+    def shards(self) -> NDArray[np.int64]:
+        return self.source.shards
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int, /) -> Pair:
+        pair = self.source[i]
+        return Pair(pair.key, pair.image, _lines(pair.captions), pair.label, pair.where)
+
+    def captions(self, i: int, /) -> tuple[str, ...]:
+        return _lines(self.source.captions(i))
+
+    def key(self, i: int, /) -> str:
+        return self.source.key(i)
+
+    def label(self, i: int, /) -> str | None:
+        return self.source.label(i)
+
+    def where(self, i: int, /) -> str:
+        return self.source.where(i)
+
+
+def read_general(found: Found, split: str, parts: Sequence[str], captioned: bool, classes: tuple[str, ...]) -> Read:
+    """A split of a benchmark in one of the layouts of any set.
+
+    parts: what the split is called there, or the two that make it up; classes: the names of the benchmark's classes
+    where they are known.
+    """
+    reads = [_part(found, part, captioned, classes) for part in parts]
+    if len(reads) == 1:
+        return reads[0]
+    if len({read.classes for read in reads}) > 1:
+        raise InputError(f"{found.folder}: its splits {' and '.join(parts)} name unlike classes: judge them by path.")
+    source = joined([read.source for read in reads], str(found.folder))
+    labels = None if captioned else np.concatenate([read.labels for read in reads if read.labels is not None])
+    return Read(source, labels, reads[0].classes, reads[0].templates)
+
+
+def _part(found: Found, part: str, captioned: bool, classes: tuple[str, ...]) -> Read:
+    folder = found.folder / part
+    match found.layout:
+        case "webdataset":
+            return _shards(found.folder, part, captioned)
+        case "parquet":
+            files = [str(file) for file in parquet_files(found, part)]
+            source = open_sources(files, Data(), need_captions=captioned)
+            return _table(files[0], source, captioned, _noted_classes(files[0]) or classes)
+        case "huggingface":
+            source = open_sources([str(folder)], Data(), need_captions=captioned)
+        case _:
+            source = open_folder(str(folder), folder, _NO_CAPTIONS, False)
+    return _table(str(folder), source, captioned, classes)
+
+
+def _shards(folder: Path, split: str, captioned: bool) -> Read:
+    """CLIP benchmark's webdataset folder: ``test/0.tar`` and on, as many as ``test/nshards.txt`` says.
+
+    Its classnames.txt and zeroshot_classification_templates.txt, a line each, are the names and prompts.
+    """
+    count = _count(folder / split / "nshards.txt")
+    shards = [folder / split / f"{number}.tar" for number in range(count)]
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise InputError(f"{missing[0]} is missing, one of {count} shards: download the split {split} anew.")
+    source = open_sources([str(shard) for shard in shards], Data(), need_captions=captioned)
+    if captioned:
+        return Read(LinesSource(source))
+    classes = _text_lines(folder / "classnames.txt")
+    templates = _text_lines(folder / "zeroshot_classification_templates.txt")
+    labels = numbered(source, classes)
+    return Read(source, labels, classes, tuple(template.replace("{c}", "{}") for template in templates))
+
+
+def read_own(path: str) -> Read:
+    """Labelled pairs of the user's own, of any kind; their classes are the sorted set of the labels."""
+    data = _NO_CAPTIONS if Path(path).is_dir() else Data()
+    return _table(path, open_sources([path], data, need_captions=False), False, _noted_classes(path))
+
+
+def _table(where: str, source: Source, captioned: bool, classes: tuple[str, ...]) -> Read:
+    """Pairs whose labels are names, or numbers of the given classes."""
+    if captioned:
+        return Read(source)
+    there = {label for i in range(len(source)) if (label := source.label(i)) is not None}
+    if not there:
+        raise InputError(f"{where} has no labels: name the label column.")
+    if not classes:
+        if all(_is_number(label) for label in there):
+            raise InputError(
+                f"{where} has numbers for labels and no class names: add a column class_name with the name of each."
+            )
+        classes = tuple(sorted(there))
+    return Read(source, numbered(source, classes), spoken(classes))
+
+
+def _is_number(label: str) -> bool:
+    return label.removeprefix("-").isdigit()
+
+
+def _noted_classes(file: str) -> tuple[str, ...]:
+    """The class names that Hugging Face writes into the schema of a parquet file; () where there are none."""
+    if not file.endswith(".parquet"):
+        return ()
+    try:
+        noted = json.loads((pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}"))
+        names = noted["info"]["features"]["label"]["names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(str(name) for name in names) if isinstance(names, list) else ()
+
+
+def _count(file: Path) -> int:
+    try:
+        return int(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} does not say how many shards there are: {first_line(error)}.") from None
+
+
+def _text_lines(file: Path) -> tuple[str, ...]:
+    """The lines of a file, stripped; () where there is no file. An empty line between others stays."""
+    try:
+        return tuple(line.strip() for line in file.read_text("utf-8").rstrip("\n").split("\n"))
+    except FileNotFoundError:
+        return ()
+    except (OSError, UnicodeError) as error:
+        raise InputError(f"{file} cannot be read: {first_line(error)}; download it anew.") from None
+
+
+def _lines(captions: tuple[str, ...]) -> tuple[str, ...]:
+    return clean_captions(line for caption in captions for line in caption.split("\n"))
