@@ -32,15 +32,15 @@ def add_evaluate(commands: Any) -> None:
         "data",
         metavar="DATA",
         nargs="*",
-        help="parquet files, tar shards, caption tables beside images, image folders, Hugging Face datasets, demo:NAME, "
-        "or the name of a known set, see --list",
+        help="parquet files, tar shards, caption tables beside images, image folders, Hugging Face datasets, "
+        "demo:NAME, or the name of a known set, see --list",
     )
     parser.add_argument("--against", action="append", default=[], metavar="MODEL", help="another model, side by side")
     parser.add_argument(
         "--task",
         action="append",
         metavar="TASK",
-        help="retrieval, zero-shot or linear-probe; may be given again (default: what there are captions or labels for)",
+        help="retrieval, zero-shot or linear-probe; may be given again (default: whatever the data allows)",
     )
     _add_probe(parser)
     _add_known(parser)
@@ -78,7 +78,7 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 def _add_known(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--root", type=Path, default=Path("."), metavar="DIR", help="where known sets lie (%(default)s)"
+        "--root", type=Path, default=Path("."), metavar="DIR", help="where known sets are (%(default)s)"
     )
     parser.add_argument("--list", action="store_true", help="list the known sets, what they need, and which are found")
     parser.add_argument("--download", action="store_true", help="fetch known sets that are not there into --root")
@@ -119,7 +119,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if missing := next((path for path in args.save if not path.parent.is_dir()), None):
         raise InputError(f"{missing} cannot be written: there is no folder {missing.parent}.")
     from declip.evaluation.opening import open_tests, openers
-    from declip.evaluation.suite import evaluate_models
+    from declip.evaluation.suite import Asked, evaluate_models
     from declip.model.prompts import resolve_templates
     from declip.pairs import Data
 
@@ -127,18 +127,16 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
     tests = open_tests(args.data, args.task, options, train=args.train, root=args.root, fetch=args.download)
     models = [args.model, *args.against]
+    pictured = any(path.suffix == ".html" for path in args.save)
+    if args.robustness and not pictured:
+        raise InputError("--robustness is part of the report: say --save report.html.")
+    asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
+    pictured = any(path.suffix == ".html" for path in args.save)
+    if args.robustness and not pictured:
+        raise InputError("--robustness is part of the report: say --save report.html.")
+    asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
     with progress_bar() as progress:
-        found = evaluate_models(
-            openers(models),
-            tests,
-            args.template,
-            args.task,
-            seed=args.seed,
-            shots=args.shots,
-            progress=progress,
-            details=any(path.suffix == ".html" for path in args.save),
-            robustness=args.robustness,
-        )
+        found = evaluate_models(openers(models), tests, asked, progress)
         overlaps = [] if args.leaks == "off" else _overlaps(models, tests, args.leaks == "all", progress)
     result = {
         "model": found.results[0].model,

@@ -53,13 +53,13 @@ def evaluate(
     Raises InputError where a source cannot be read, a task is unknown, or a source has nothing for it.
     """
     from declip.evaluation.opening import open_tests, openers
-    from declip.evaluation.suite import evaluate_models
+    from declip.evaluation.suite import Asked, evaluate_models
     from declip.model.prompts import resolve_templates
 
     resolve_templates(templates)
     tests = open_tests(data, tasks, data_options, train=train, root=root)
     models = openers([model, *against])
-    found = evaluate_models(models, tests, templates, tasks, seed=seed, shots=shots, progress=progress)
+    found = evaluate_models(models, tests, Asked(tasks, templates, shots, seed), progress)
     return {
         "model": found.results[0].model,
         "results": [judged.row() for judged in found.results],

@@ -78,7 +78,7 @@ def main_metrics(judged: Judged, published: str) -> list[str]:
 
 
 def same_queries(ours: Judged, theirs: Judged) -> bool:
-    """Whether two models were asked the same: the same set and task, and images that either both or neither can read."""
+    """Whether two models were asked the same: the same set and task, and the same images in the same order."""
     return (
         (ours.data, ours.task, ours.settings.get("shots")) == (theirs.data, theirs.task, theirs.settings.get("shots"))
         and ours.ranks.keys() == theirs.ranks.keys()

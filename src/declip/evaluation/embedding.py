@@ -97,8 +97,9 @@ class _Reader(Dataset[list[_Item]]):
 def embed_source(
     model: Encoder, source: Source, name: str, progress: Progress | None = None, workers: int | None = None
 ) -> Embedded:
-    """Embed all images of a source called `name`; `workers` loader processes read them (by default as many as there are spare cores).
+    """Embed all images of a source called `name`.
 
+    workers: loader processes that read them; by default as many as there are spare cores, none for a few hundred pairs.
     Raises InputError where no image at all can be read, or an embedding has a value that is no number.
     """
     count = len(source)

@@ -11,7 +11,8 @@ from torch import Tensor
 from declip.data.sources import BrokenPair, Source
 from declip.evaluation.calibration import calibrate, reliability
 from declip.evaluation.details import Calibration, ClassScore, Confusion, Details, Example, Found
-from declip.evaluation.embedding import Embedded
+from declip.evaluation.embedding import Embedded, Encoder
+from declip.evaluation.health import effective_rank, embedding_health, uniformity
 from declip.evaluation.sets import TestSet
 from declip.evaluation.tasks import Labelled, Texts
 from declip.model.token_similarity import similarity
@@ -101,3 +102,20 @@ def _image(source: Source, place: int) -> bytes:
         return source[place].image
     except BrokenPair:  # it was there when it was embedded
         return b""
+
+
+def show_health(
+    details: Details, images: Tensor, texts: Tensor | None = None, image_of_text: Tensor | None = None
+) -> None:
+    """How the embeddings lie; nothing of a model that compares tokens, whose embedding an item has none."""
+    if images.ndim != 2:
+        return
+    if texts is None or image_of_text is None:
+        details.health = {"image_uniformity": uniformity(images), "image_effective_rank": effective_rank(images)}
+    else:
+        details.health = embedding_health(images, texts, image_of_text)
+
+
+def logit_scale(model: Encoder) -> float:
+    """What a model multiplies similarities with before the softmax; CLIP's own where it does not say."""
+    return float(getattr(model, "logit_scale", 100.0))

@@ -1,4 +1,4 @@
-"""Models side by side on sets of pairs: everything is checked first, then each model embeds each set once."""
+"""Models side by side on sets of pairs: each model embeds each set once, then is asked all that the set allows."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from itertools import combinations
 from declip.evaluation import Progress
 from declip.evaluation.certainty import add_intervals, compare, main_metrics, same_queries
 from declip.evaluation.details import Details
-from declip.evaluation.embedding import Encoder, embed_source
+from declip.evaluation.embedding import Embedded, Encoder, embed_source
+from declip.evaluation.extracts import logit_scale, show_classification, show_health, show_retrieval
 from declip.evaluation.judged import Comparison, Judged
+from declip.evaluation.probes import ProbeSets, probes
+from declip.evaluation.robustness import under_corruption
 from declip.evaluation.sets import TestSet
 from declip.evaluation.tasks import (
     embed_captions,
@@ -20,6 +23,23 @@ from declip.evaluation.tasks import (
     zero_shot,
     zero_shot_classes,
 )
+from declip.model.token_similarity import similarity
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of every model.
+
+    tasks: None for all that a set allows; templates: None for the set's own; shots: examples a class of few-shot probes
+    details: also gather what a report shows; robustness: also judge corrupted pictures
+    """
+
+    tasks: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    shots: Sequence[int] = ()
+    seed: int = 0
+    details: bool = False
+    robustness: bool = False
 
 
 @dataclass
@@ -32,55 +52,76 @@ class Evaluation:
 
 
 def evaluate_models(
-    models: Sequence[Callable[[], Encoder]],
-    tests: Sequence[TestSet],
-    templates: Sequence[str] | None = None,
-    tasks: Sequence[str] | None = None,
-    *,
-    seed: int = 0,
-    shots: Sequence[int] = (),
-    progress: Progress | None = None,
+    models: Sequence[Callable[[], Encoder]], tests: Sequence[TestSet], asked: Asked, progress: Progress | None = None
 ) -> Evaluation:
-    """Judge each model on each set.
-
-    models: what opens each; one is held at a time
-    """
+    """Judge each model on each set; of `models`, which open them, one is held at a time."""
     found = Evaluation()
     for open_model in models:
         model = open_model()
         for test in tests:
-            found.results += judge(model, test, templates, tasks, seed=seed, shots=shots, progress=progress)
-    pairs = combinations(found.results, 2)
-    for ours, theirs in pairs:
+            _judge(model, test, asked, found, progress)
+    metrics = {test.name: test.metric for test in tests}
+    for ours, theirs in combinations(found.results, 2):
         if ours.model != theirs.model and same_queries(ours, theirs):
-            metric = next(test.metric for test in tests if test.name == ours.data)
-            found.comparisons += [compare(ours, theirs, name, seed) for name in main_metrics(ours, metric)]
+            names = main_metrics(ours, metrics[ours.data])
+            found.comparisons += [compare(ours, theirs, name, asked.seed) for name in names]
     return found
 
 
-def judge(
-    model: Encoder,
-    test: TestSet,
-    templates: Sequence[str] | None = None,
-    tasks: Sequence[str] | None = None,
-    *,
-    seed: int = 0,
-    shots: Sequence[int] = (),
-    progress: Progress | None = None,
-) -> list[Judged]:
+def _judge(model: Encoder, test: TestSet, asked: Asked, found: Evaluation, progress: Progress | None) -> None:
     """One model on one set, task by task."""
     embedded = embed_source(model, test.source, test.name, progress)
-    results = []
-    for task in tasks or possible_tasks(test, embedded):
+    for task in asked.tasks or possible_tasks(test, embedded):
         judged = Judged(model.name, test.name, task, broken=embedded.broken)
+        details = Details(model.name, test.name, task)
         if task == "retrieval":
-            retrieval(test, embedded, embed_captions(model, test, embedded, progress), judged)
+            _retrieval(model, test, embedded, judged, details, asked, progress)
         elif task == "zero-shot":
-            of = labelled(test, embedded)
-            zero_shot(embedded, of, zero_shot_classes(model, test, of.names, templates, progress), judged)
+            _zero_shot(model, test, embedded, judged, details, asked, progress)
         else:
-            results += probes(model, test, embedded, judged, shots, seed, progress)
+            sets = ProbeSets.of(model, test, embedded, progress)
+            found.results += probes(sets, judged, details if asked.details else None, asked.shots, asked.seed, progress)
+            found.details += [details] * asked.details
             continue
-        add_intervals(judged, seed)
-        results.append(judged)
-    return results
+        add_intervals(judged, asked.seed)
+        found.results.append(judged)
+        found.details += [details] * asked.details
+
+
+def _retrieval(
+    model: Encoder,
+    test: TestSet,
+    embedded: Embedded,
+    judged: Judged,
+    details: Details,
+    asked: Asked,
+    progress: Progress | None,
+) -> None:
+    texts = embed_captions(model, test, embedded, progress)
+    retrieval(test, embedded, texts, judged)
+    if asked.details:
+        show_retrieval(details, test, embedded, texts, judged.ranks)
+        show_health(details, embedded.images[texts.captioned], texts.embeddings[texts.rows], texts.image)
+    if asked.robustness:
+        details.robustness = under_corruption(model, test, embedded, texts, None, asked.seed, progress)
+
+
+def _zero_shot(
+    model: Encoder,
+    test: TestSet,
+    embedded: Embedded,
+    judged: Judged,
+    details: Details,
+    asked: Asked,
+    progress: Progress | None,
+) -> None:
+    of = labelled(test, embedded)
+    classes = zero_shot_classes(model, test, of.names, asked.templates, progress)
+    zero_shot(embedded, of, classes, judged)
+    readable = of.rows >= 0
+    images = embedded.images[of.rows[readable]]
+    if asked.details:
+        show_classification(details, test, of, logit_scale(model) * similarity(images, classes), asked.seed)
+        show_health(details, images)
+    if asked.robustness:
+        details.robustness = under_corruption(model, test, embedded, None, (of, classes), asked.seed, progress)

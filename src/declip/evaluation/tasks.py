@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _folds(images: int, folds: int, whose: str) -> list[tuple[int, int]]:
     if images < folds:
         raise InputError(f"{whose} is judged in {folds} parts, and only {images} of its images can be read.")
     ends = [images * fold // folds for fold in range(folds + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))
 
 
 @dataclass(frozen=True)

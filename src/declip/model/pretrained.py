@@ -169,6 +169,12 @@ class LoadedModel:
         return Preparation(self.preprocess)
 
     @property
+    def logit_scale(self) -> float:
+        """What similarities are multiplied with to be logits."""
+        own = self.token_wise.logit_scale if self.token_wise else None
+        return float((self.clip.logit_scale if own is None else own).exp())  # type: ignore[operator]
+
+    @property
     def device(self) -> torch.device:
         return next(self.clip.parameters()).device
 
@@ -218,9 +224,7 @@ class LoadedModel:
         if not len(embeddings):
             return []
         classes = class_embeddings(self, labels, templates)
-        own = self.token_wise.logit_scale if self.token_wise else None
-        scale = (self.clip.logit_scale if own is None else own).exp().cpu()  # type: ignore[operator]
-        probabilities = (scale * similarity(embeddings, classes)).softmax(dim=-1)
+        probabilities = (self.logit_scale * similarity(embeddings, classes)).softmax(dim=-1)
         rows = (dict(zip(labels, row, strict=True)) for row in probabilities.tolist())
         return [dict(sorted(row.items(), key=lambda item: -item[1])) for row in rows]
 
