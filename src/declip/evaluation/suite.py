@@ -13,7 +13,7 @@ from declip.evaluation.embedding import Embedded, Encoder, embed_source
 from declip.evaluation.extracts import logit_scale, show_classification, show_health, show_retrieval
 from declip.evaluation.judged import Comparison, Judged
 from declip.evaluation.probes import ProbeSets, probes
-from declip.evaluation.robustness import under_corruption
+from declip.evaluation.robustness import of_retrieval, of_zero_shot
 from declip.evaluation.sets import TestSet
 from declip.evaluation.tasks import (
     embed_captions,
@@ -103,7 +103,7 @@ def _retrieval(
         show_retrieval(details, test, embedded, texts, judged.ranks)
         show_health(details, embedded.images[texts.captioned], texts.embeddings[texts.rows], texts.image)
     if asked.robustness:
-        details.robustness = under_corruption(model, test, embedded, texts, None, asked.seed, progress)
+        details.robustness = of_retrieval(model, test, embedded, texts, asked.seed, progress)
 
 
 def _zero_shot(
@@ -124,4 +124,4 @@ def _zero_shot(
         show_classification(details, test, of, logit_scale(model) * similarity(images, classes), asked.seed)
         show_health(details, images)
     if asked.robustness:
-        details.robustness = under_corruption(model, test, embedded, None, (of, classes), asked.seed, progress)
+        details.robustness = of_zero_shot(model, test, embedded, of, classes, asked.seed, progress)
