@@ -65,7 +65,7 @@ def read_flickr_lists(known: Benchmark, folder: Path, split: str) -> Read:
         image, comma, caption = text.strip().partition(".jpg,")
         if not comma:
             raise InputError(f"{file}, line {number}: write the image's file name, a comma and a caption.")
-        captions.setdefault(f"{image}.jpg", []).append(caption.strip().strip('"'))
+        captions.setdefault(f"{image}.jpg", []).append(caption)
     return _read(file, folder, known.name, split, captions)
 
 

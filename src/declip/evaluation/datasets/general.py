@@ -15,7 +15,7 @@ from declip.data.sources import Pair, Source, joined, open_sources
 from declip.data.sources.base import clean_captions
 from declip.data.sources.folder import open_folder
 from declip.errors import InputError, first_line
-from declip.evaluation.datasets.labelled import Read, numbered, spoken
+from declip.evaluation.datasets.labelled import Read, key_of, numbered, spoken
 from declip.evaluation.datasets.layouts import Found, parquet_files
 from declip.pairs import Data
 
@@ -84,12 +84,12 @@ def _part(found: Found, part: str, captioned: bool, classes: tuple[str, ...]) ->
         case "parquet":
             files = [str(file) for file in parquet_files(found, part)]
             source = open_sources(files, Data(), need_captions=captioned)
-            return _table(files[0], source, captioned, _noted_classes(files[0]) or classes)
+            folder = Path(files[0])
         case "huggingface":
             source = open_sources([str(folder)], Data(), need_captions=captioned)
         case _:
             source = open_folder(str(folder), folder, _NO_CAPTIONS, False)
-    return _table(str(folder), source, captioned, classes)
+    return _table(str(folder), source, captioned, _as_prompts_say(_noted_classes(str(folder)), classes))
 
 
 def _shards(folder: Path, split: str, captioned: bool) -> Read:
@@ -136,16 +136,29 @@ def _is_number(label: str) -> bool:
     return label.removeprefix("-").isdigit()
 
 
-def _noted_classes(file: str) -> tuple[str, ...]:
-    """The class names that Hugging Face writes into the schema of a parquet file; () where there are none."""
-    if not file.endswith(".parquet"):
-        return ()
+def _noted_classes(path: str) -> tuple[str, ...]:
+    """The class names that Hugging Face notes in a parquet file's schema or beside a dataset; () where there are none.
+
+    They are in the order of the numbers that stand for them.
+    """
+    info = Path(path) / "dataset_info.json"
     try:
-        noted = json.loads((pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}"))
-        names = noted["info"]["features"]["label"]["names"]
+        if info.is_file():
+            noted = json.loads(info.read_text("utf-8"))
+        elif path.endswith(".parquet"):
+            noted = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))["info"]
+        else:
+            return ()
+        names = noted["features"]["label"]["names"]
     except (OSError, ValueError, KeyError, TypeError):
         return ()
     return tuple(str(name) for name in names) if isinstance(names, list) else ()
+
+
+def _as_prompts_say(noted: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Class names as the files have them, but for those of a benchmark that differ from its own in spelling alone."""
+    own = {key_of(name): name for name in known}
+    return tuple(own.get(key_of(name), name) for name in noted) or known
 
 
 def _count(file: Path) -> int:

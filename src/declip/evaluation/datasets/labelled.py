@@ -110,13 +110,13 @@ def numbered(source: Source, classes: Sequence[str]) -> Labels:
 
     Raises InputError where an image has no label or one that is no class.
     """
-    numbers = {_key(name): number for number, name in enumerate(classes)}
+    numbers = {key_of(name): number for number, name in enumerate(classes)}
     labels = np.empty(len(source), np.int64)
     for i in range(len(source)):
         label = source.label(i)
         if label is None:
             raise InputError(f"{source.where(i)}: there is no label; give it one, or leave the image out.")
-        found = numbers.get(_key(label))
+        found = numbers.get(key_of(label))
         if found is None:
             try:
                 found = int(label)
@@ -129,7 +129,8 @@ def numbered(source: Source, classes: Sequence[str]) -> Labels:
     return labels
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+    """What is the same in all spellings of a class name."""
     return name.replace("_", " ").replace("/", " ").strip().lower()
 
 
