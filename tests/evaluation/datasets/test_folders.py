@@ -98,9 +98,9 @@ def test_caltech101_is_split_by_a_seed(tmp_path: Path):
     assert train.classes[:3] == ("background", "off-center face", "centered face")
 
 
-def test_caltech101_without_its_background_folder_is_of_101_classes(tmp_path: Path):
+def test_caltech101_without_its_background_folder_is_refused(tmp_path: Path):
     made.caltech101(tmp_path, background=False)
-    with pytest.raises(InputError, match="names 101 classes where there are 102"):
+    with pytest.raises(InputError, match="holds 101 folders where Caltech-101 has 102"):
         open_dataset("caltech101", tmp_path)
 
 

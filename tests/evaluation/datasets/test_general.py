@@ -209,8 +209,19 @@ def test_folders_of_ones_own(tmp_path: Path):
     with pytest.raises(InputError, match="row 1: there is no label"):
         open_dataset(str(tmp_path / "one.parquet"))
     parquet(tmp_path / "one.parquet", ["a_b", "a b"])
-    with pytest.raises(InputError, match="stand for several classes"):
+    with pytest.raises(InputError, match="row 0: the label 'a_b' stands for several classes"):
         open_dataset(str(tmp_path / "one.parquet"))
+
+
+def test_a_benchmarks_name_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made.by_class(tmp_path / "pets", ["a", "b"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="Oxford-IIIT Pets is looked for nowhere"):
+        open_dataset("pets")
+    assert open_dataset("./pets").classes == ("a", "b")
+    assert len(open_dataset("demo:noto")) > 1000
+    with pytest.raises(InputError, match="There is no file or folder"):
+        open_dataset("./cats")
 
 
 def test_listing_says_what_is_there_and_what_is_needed(tmp_path: Path):

@@ -10,6 +10,7 @@ from declip.errors import InputError, first_line
 from declip.evaluation.datasets.catalogue import Benchmark
 from declip.evaluation.datasets.folders import lines
 from declip.evaluation.datasets.labelled import Read, images_in
+from declip.evaluation.datasets.layouts import CAPTION_PLACES
 
 # Where the images of a set may lie, relative to its folder.
 _IMAGE_FOLDERS = {
@@ -17,7 +18,6 @@ _IMAGE_FOLDERS = {
     "flickr8k": ("", "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset"),
     "coco": ("", "images"),
 }
-_PLACES = ("", "annotations", "karpathy", "karpathy_splits", "Flickr8k_text")  # of the files with captions
 
 Captioned = dict[str, list[str]]  # the captions of each image file, in the order of the split
 
@@ -113,7 +113,7 @@ def _where(folder: Path, kind: str, image: str) -> Path:
 
 def _file(folder: Path, *names: str) -> Path:
     """The first of these files that is there. Raises InputError where none is, which says what splits there are."""
-    places = [folder / place / name for name in names for place in _PLACES]
+    places = [folder / place / name for name in names for place in CAPTION_PLACES]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise InputError(f"{folder} has no {' or '.join(names)}, so it has no such split: put the file there.")

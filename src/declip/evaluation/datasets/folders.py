@@ -13,6 +13,7 @@ from declip.errors import InputError, first_line
 from declip.evaluation.datasets.catalogue import Benchmark
 from declip.evaluation.datasets.labelled import Labels, Read, images_in, spoken
 from declip.evaluation.datasets.matlab import read_matlab
+from declip.evaluation.datasets.names import class_names
 
 _PER_CLASS = 30  # of Caltech-101's images that are trained on
 _CALTECH_SEED = 0
@@ -23,7 +24,7 @@ def read_pets(known: Benchmark, folder: Path, split: str) -> Read:
     file = folder / "annotations" / f"{split}.txt"
     rows = [_parts(file, line, text, 4) for line, text in lines(file)]
     labels = np.array([_number(file, row[1]) - 1 for row in rows], np.int64)
-    return _listed(file, folder / "images", [f"{row[0]}.jpg" for row in rows], labels, _shipped(known))
+    return _listed(file, folder / "images", [f"{row[0]}.jpg" for row in rows], labels, class_names(known.names))
 
 
 def read_sun397(known: Benchmark, folder: Path, split: str) -> Read:
@@ -80,7 +81,7 @@ def read_flowers(known: Benchmark, folder: Path, split: str) -> Read:
     if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= len(of_all):
         raise InputError(f"{file} names images that imagelabels.mat has no labels of: get both anew.")
     paths = [f"image_{number:05d}.jpg" for number in numbers]
-    return _listed(file, folder / "jpg", paths, of_all[numbers - 1] - 1, _shipped(known))
+    return _listed(file, folder / "jpg", paths, of_all[numbers - 1] - 1, class_names(known.names))
 
 
 def read_cars(known: Benchmark, folder: Path, split: str) -> Read:
@@ -105,13 +106,16 @@ def read_cars(known: Benchmark, folder: Path, split: str) -> Read:
 def read_caltech101(known: Benchmark, folder: Path, split: str) -> Read:
     """Caltech-101: a folder a class, of which 30 images drawn with a fixed seed are trained on, the others tested on.
 
-    CLIP's class names are in the order of the folders' names; without BACKGROUND_Google the first is left out.
+    CLIP's class names are in the order of the folders' names, of which BACKGROUND_Google is the first.
     """
     images = folder / "101_ObjectCategories"
     folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
-    names = _shipped(known)
-    if "BACKGROUND_Google" not in folders:
-        names = names[1:]
+    names = class_names(known.names)
+    if len(folders) != len(names):
+        raise InputError(
+            f"{images} holds {len(folders)} folders where {known.title} has {len(names)}, BACKGROUND_Google included: "
+            "unpack it anew."
+        )
     paths: list[str] = []
     labels: list[int] = []
     for number, name in enumerate(folders):
@@ -120,8 +124,6 @@ def read_caltech101(known: Benchmark, folder: Path, split: str) -> Read:
         chosen = {"train": order[:_PER_CLASS], "test": order[_PER_CLASS:], "all": order}[split]
         paths += [f"{name}/{there[i]}" for i in np.sort(chosen)]
         labels += [number] * len(chosen)
-    if len(folders) != len(names):
-        raise InputError(f"{images} holds {len(folders)} folders where Caltech-101 has {len(names)}: unpack it anew.")
     return _listed(images, images, paths, np.array(labels, np.int64), names)
 
 
@@ -147,12 +149,6 @@ def _by_folder(file: Path, images: Path, names: Sequence[str], suffix: str, *mor
 def _listed(file: Path, images: Path, paths: Sequence[str], labels: Labels, classes: tuple[str, ...]) -> Read:
     source = images_in(str(file), str(images), paths, labels=labels, classes=classes)
     return Read(source, labels, classes)
-
-
-def _shipped(known: Benchmark) -> tuple[str, ...]:
-    from declip.evaluation.datasets.names import class_names
-
-    return class_names(known.names)
 
 
 def _joined(split: str) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ class LinesSource:
         return self.source.where(i)
 
 
-def read_general(found: Found, split: str, parts: Sequence[str], captioned: bool, classes: tuple[str, ...]) -> Read:
+def read_general(found: Found, parts: Sequence[str], captioned: bool, classes: tuple[str, ...]) -> Read:
     """A split of a benchmark in one of the layouts of any set.
 
     parts: what the split is called there, or the two that make it up; classes: the names of the benchmark's classes
@@ -112,8 +112,7 @@ def _shards(folder: Path, split: str, captioned: bool) -> Read:
 
 def read_own(path: str) -> Read:
     """Labelled pairs of the user's own, of any kind; their classes are the sorted set of the labels."""
-    data = _NO_CAPTIONS if Path(path).is_dir() else Data()
-    return _table(path, open_sources([path], data, need_captions=False), False, _noted_classes(path))
+    return _table(path, open_sources([path], _NO_CAPTIONS, need_captions=False), False, _noted_classes(path))
 
 
 def _table(where: str, source: Source, captioned: bool, classes: tuple[str, ...]) -> Read:
