@@ -93,6 +93,8 @@ def test_imagenets_shards_call_its_val_split_test(shards: Callable[..., None], t
         ("classnames.txt", "\n".join(["same", *TEN[1:9], "same"]), "1 class names stand for several classes .same"),
         ("classnames.txt", "\n".join([*TEN[:4], " ", *TEN[5:]]), "the name of class 4 is empty"),
         ("classnames.txt", "\n".join(TEN[:9]), "names 9 classes where there are 10"),
+        ("classnames.txt", "", "names 0 classes where there are 10"),
+        ("zeroshot_classification_templates.txt", "a photo", "Template 'a photo' has no"),
         ("test/nshards.txt", "many", "does not say how many shards"),
     ],
 )
@@ -135,6 +137,25 @@ def test_a_hugging_face_dataset_on_disk(tmp_path: Path):
     assert (test.classes, len(test.templates)) == (tuple(TEN), 18)
     own = open_dataset(str(tmp_path / "cifar10"), split="train")
     assert (own.classes, own.labels.tolist()) == (tuple(TEN), [9, 0, 2, 1])
+
+
+def test_the_hubs_cifar100_has_fine_labels(tmp_path: Path):
+    import datasets
+
+    fine, coarse = [f"kind_{number:02d}" for number in range(100)], ["some", "other"]
+    features = datasets.Features(
+        img=datasets.Image(),
+        fine_label=datasets.ClassLabel(names=fine),
+        coarse_label=datasets.ClassLabel(names=coarse),
+    )
+    rows = {"img": [{"bytes": picture(i)} for i in range(3)], "fine_label": [99, 0, 5], "coarse_label": [0, 1, 0]}
+    data = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(test=data).save_to_disk(tmp_path / "disk/cifar100")
+    (tmp_path / "hub/cifar100").mkdir(parents=True)
+    data.to_parquet(tmp_path / "hub/cifar100/test-00000-of-00001.parquet")
+    for folder in ("disk", "hub"):
+        ours = open_dataset("cifar100", tmp_path / folder)
+        assert (ours.labels.tolist(), ours.classes[99]) == ([99, 0, 5], "kind 99")
 
 
 def parquet(path: Path, labels: list[Any], noted: dict[str, Any] | None = None, **columns: Any) -> None:

@@ -98,7 +98,10 @@ def read_cars(known: Benchmark, folder: Path, split: str) -> Read:
         isinstance(row, dict) and {"fname", "class"} <= row.keys() for row in rows
     ):
         raise InputError(f"{file} holds no annotations with fname and class: get the ones with labels.")
-    labels = np.array([int(row["class"][0]) - 1 for row in rows], np.int64)
+    try:
+        labels = np.array([int(row["class"][0]) - 1 for row in rows], np.int64)
+    except (IndexError, TypeError, ValueError):
+        raise InputError(f"{file} has an annotation whose class is no number: get the ones with labels.") from None
     classes = spoken([str(name) for name in names])
     return _listed(file, folder / f"cars_{split}", [str(row["fname"]) for row in rows], labels, classes)
 

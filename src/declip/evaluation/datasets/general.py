@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from declip.data.sources import Pair, Source, joined, open_sources
 from declip.data.sources.base import clean_captions
+from declip.data.sources.columns import LABEL_NAMES
 from declip.data.sources.folder import open_folder
 from declip.errors import InputError, first_line
 from declip.evaluation.datasets.labelled import Read, key_of, numbered, spoken
 from declip.evaluation.datasets.layouts import Found, parquet_files
+from declip.model.prompts import resolve_templates
 from declip.pairs import Data
 
 _NO_CAPTIONS = Data(templates=[])
@@ -105,9 +107,8 @@ def _shards(folder: Path, split: str, captioned: bool) -> Read:
     if captioned:
         return Read(LinesSource(source))
     classes = _text_lines(folder / "classnames.txt")
-    templates = _text_lines(folder / "zeroshot_classification_templates.txt")
-    labels = numbered(source, classes)
-    return Read(source, labels, classes, tuple(template.replace("{c}", "{}") for template in templates))
+    prompts = [line.replace("{c}", "{}") for line in _text_lines(folder / "zeroshot_classification_templates.txt")]
+    return Read(source, numbered(source, classes), classes, tuple(resolve_templates(prompts)) if prompts else ())
 
 
 def read_own(path: str) -> Read:
@@ -148,8 +149,9 @@ def _noted_classes(path: str) -> tuple[str, ...]:
             noted = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))["info"]
         else:
             return ()
-        names = noted["features"]["label"]["names"]
-    except (OSError, ValueError, KeyError, TypeError):
+        features = noted["features"]
+        names = features[next(name for name in LABEL_NAMES if name in features)]["names"]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return ()
     return tuple(str(name) for name in names) if isinstance(names, list) else ()
 
@@ -168,9 +170,9 @@ def _count(file: Path) -> int:
 
 
 def _text_lines(file: Path) -> tuple[str, ...]:
-    """The lines of a file, stripped; () where there is no file. An empty line between others stays."""
+    """The lines of a file, stripped; () where there is no file or nothing in it. Empty lines between others stay."""
     try:
-        return tuple(line.strip() for line in file.read_text("utf-8").rstrip("\n").split("\n"))
+        return tuple(line.strip() for line in file.read_text("utf-8").rstrip().splitlines())
     except FileNotFoundError:
         return ()
     except (OSError, UnicodeError) as error:
