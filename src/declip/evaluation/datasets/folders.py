@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from declip.data.sources.folder import SUFFIXES
-from declip.errors import InputError, first_line
+from declip.errors import InputError
 from declip.evaluation.datasets.catalogue import Benchmark
 from declip.evaluation.datasets.labelled import Labels, Read, images_in, spoken
 from declip.evaluation.datasets.matlab import read_matlab
 from declip.evaluation.datasets.names import class_names
+from declip.evaluation.datasets.text_files import read_lines
 
 _PER_CLASS = 30  # of Caltech-101's images that are trained on
 _CALTECH_SEED = 0
@@ -22,14 +23,14 @@ _CALTECH_SEED = 0
 def read_pets(known: Benchmark, folder: Path, split: str) -> Read:
     """Oxford-IIIT Pets: lines ``Abyssinian_1 1 1 1``, of which the second is the class, counted from 1."""
     file = folder / "annotations" / f"{split}.txt"
-    rows = [_parts(file, line, text, 4) for line, text in lines(file)]
+    rows = [_parts(file, line, text, 4) for line, text in read_lines(file)]
     labels = np.array([_number(file, row[1]) - 1 for row in rows], np.int64)
     return _listed(file, folder / "images", [f"{row[0]}.jpg" for row in rows], labels, class_names(known.names))
 
 
 def read_sun397(known: Benchmark, folder: Path, split: str) -> Read:
     """SUN397: lines ``/a/abbey/sun_aaalbzqrimafwbiv.jpg`` in the first partition's lists; all is what folders hold."""
-    names = [text.strip() for _, text in lines(folder / "ClassName.txt")]
+    names = [text for _, text in read_lines(folder / "ClassName.txt")]
     numbers = {name: number for number, name in enumerate(names)}
     if split == "all":
         file = folder / "ClassName.txt"
@@ -41,7 +42,7 @@ def read_sun397(known: Benchmark, folder: Path, split: str) -> Read:
                 f"{file} is missing, so {known.title} has no {split} split: unpack Partitions.zip of {known.source} "
                 "into that folder, or judge the split all."
             )
-        paths = [text.strip() for _, text in lines(file)]
+        paths = [text for _, text in read_lines(file)]
     labels = [_known(file, numbers, path.rsplit("/", 1)[0]) for path in paths]
     classes = spoken([name[3:].replace("/", " ") for name in names])
     return _listed(file, folder, [path.lstrip("/") for path in paths], np.array(labels, np.int64), classes)
@@ -49,13 +50,15 @@ def read_sun397(known: Benchmark, folder: Path, split: str) -> Read:
 
 def read_food101(known: Benchmark, folder: Path, split: str) -> Read:
     """Food-101: lines ``apple_pie/1005649``."""
-    names = [text.strip() for _, text in lines(folder / "meta" / "classes.txt")]
+    names = [text for _, text in read_lines(folder / "meta" / "classes.txt")]
     return _by_folder(folder / "meta" / f"{split}.txt", folder / "images", names, ".jpg")
 
 
 def read_dtd(known: Benchmark, folder: Path, split: str) -> Read:
     """Describable Textures, its first partition: lines ``banded/banded_0002.jpg``."""
-    names = sorted(path.name for path in (folder / "images").iterdir() if path.is_dir())
+    names = sorted(
+        path.name for path in (folder / "images").iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     files = [folder / "labels" / f"{part}1.txt" for part in _joined(split)]
     return _by_folder(files[0], folder / "images", names, "", *files[1:])
 
@@ -63,10 +66,10 @@ def read_dtd(known: Benchmark, folder: Path, split: str) -> Read:
 def read_aircraft(known: Benchmark, folder: Path, split: str) -> Read:
     """FGVC Aircraft by variants: lines ``1025794 707-320``."""
     data = folder / "data"
-    names = [text.strip() for _, text in lines(data / "variants.txt")]
+    names = [text for _, text in read_lines(data / "variants.txt")]
     numbers = {name: number for number, name in enumerate(names)}
     file = data / f"images_variant_{split}.txt"
-    rows = [text.strip().partition(" ") for _, text in lines(file)]
+    rows = [text.partition(" ") for _, text in read_lines(file)]
     labels = np.array([_known(file, numbers, name) for _, _, name in rows], np.int64)
     return _listed(file, data / "images", [f"{image}.jpg" for image, _, _ in rows], labels, tuple(names))
 
@@ -130,21 +133,10 @@ def read_caltech101(known: Benchmark, folder: Path, split: str) -> Read:
     return _listed(images, images, paths, np.array(labels, np.int64), names)
 
 
-def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not empty, with their numbers from 1. Raises InputError where it has none."""
-    try:
-        found = [(line, text) for line, text in enumerate(file.read_text("utf-8").splitlines(), 1) if text.strip()]
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{file} cannot be read: {first_line(error)}; unpack the archive anew.") from None
-    if not found:
-        raise InputError(f"{file} is empty: unpack the archive anew.")
-    return iter(found)
-
-
 def _by_folder(file: Path, images: Path, names: Sequence[str], suffix: str, *more: Path) -> Read:
     """Lists in which the folder of each image is its class."""
     numbers = {name: number for number, name in enumerate(names)}
-    paths = [text.strip() for one in (file, *more) for _, text in lines(one)]
+    paths = [text.strip() for one in (file, *more) for _, text in read_lines(one)]
     labels = [_known(file, numbers, path.partition("/")[0]) for path in paths]
     return _listed(file, images, [path + suffix for path in paths], np.array(labels, np.int64), spoken(names))
 

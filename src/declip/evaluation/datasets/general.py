@@ -172,11 +172,12 @@ def _count(file: Path) -> int:
 def _text_lines(file: Path) -> tuple[str, ...]:
     """The lines of a file, stripped; () where there is no file or nothing in it. Empty lines between others stay."""
     try:
-        return tuple(line.strip() for line in file.read_text("utf-8").rstrip().splitlines())
+        text = file.read_text("utf-8").rstrip()
     except FileNotFoundError:
         return ()
     except (OSError, UnicodeError) as error:
         raise InputError(f"{file} cannot be read: {first_line(error)}; download it anew.") from None
+    return tuple(line.strip() for line in text.split("\n")) if text else ()
 
 
 def _lines(captions: tuple[str, ...]) -> tuple[str, ...]:
