@@ -56,9 +56,7 @@ def read_food101(known: Benchmark, folder: Path, split: str) -> Read:
 
 def read_dtd(known: Benchmark, folder: Path, split: str) -> Read:
     """Describable Textures, its first partition: lines ``banded/banded_0002.jpg``."""
-    names = sorted(
-        path.name for path in (folder / "images").iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    names = _folders_in(folder / "images")
     files = [folder / "labels" / f"{part}1.txt" for part in _joined(split)]
     return _by_folder(files[0], folder / "images", names, "", *files[1:])
 
@@ -115,7 +113,7 @@ def read_caltech101(known: Benchmark, folder: Path, split: str) -> Read:
     CLIP's class names are in the order of the folders' names, of which BACKGROUND_Google is the first.
     """
     images = folder / "101_ObjectCategories"
-    folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = _folders_in(images)
     names = class_names(known.names)
     if len(folders) != len(names):
         raise InputError(
@@ -144,6 +142,10 @@ def _by_folder(file: Path, images: Path, names: Sequence[str], suffix: str, *mor
 def _listed(file: Path, images: Path, paths: Sequence[str], labels: Labels, classes: tuple[str, ...]) -> Read:
     source = images_in(str(file), str(images), paths, labels=labels, classes=classes)
     return Read(source, labels, classes)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _joined(split: str) -> tuple[str, ...]:
