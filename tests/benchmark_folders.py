@@ -108,7 +108,7 @@ def aircraft(root: Path) -> None:
     for first, split in enumerate(("train", "val", "trainval", "test")):
         images = [f"{1000000 + 10 * first + i}" for i in range(3)]
         labels = [VARIANTS[i] for i in (7, 0, 99)]
-        write_lines(data / f"images_variant_{split}.txt", [f"{i} {l}" for i, l in zip(images, labels, strict=True)])
+        write_lines(data / f"images_variant_{split}.txt", [" ".join(row) for row in zip(images, labels, strict=True)])
         for image in images:
             write_image(data / "images" / f"{image}.jpg", int(image))
 
@@ -146,3 +146,7 @@ def by_class(folder: Path, classes: Sequence[str], images: int = 2) -> None:
     for number, name in enumerate(classes):
         for i in range(images):
             write_image(folder / name / f"{i}.JPEG", 10 * number + i)
+
+
+def rgb_of(image: Image.Image) -> list[Any]:
+    return np.asarray(image.convert("RGB")).tolist()

@@ -6,6 +6,7 @@ import json
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import pair, picture, write_pairs
@@ -13,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from declip.data.patterns import expand
-from declip.data.sources import BrokenPair, open_sources
+from declip.data.sources import BrokenPair, Subset, open_sources
+from declip.data.sources.splits import Without
 from declip.errors import InputError
 from declip.pairs import Data
 
@@ -116,3 +118,26 @@ def test_yfcc15m_list(tmp_path: Path) -> None:
     assert source[0].image == picture(1)
     with pytest.raises(BrokenPair, match=r"json, line 2 .*cannot read image 2\.jpg"):
         source[1]
+
+
+def test_labels_are_known_without_their_images(tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    for number, kind in enumerate(("cat", "cat", "dog")):
+        (tmp_path / "images" / kind).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / kind / f"{number}.png").write_bytes(picture(number))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(2):
+            for name, content in ((f"{number}.png", picture(number)), (f"{number}.cls", b"%d" % number)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    write_pairs(tmp_path / "a.parquet", [pair(number) for number in range(3)])
+    names = ("images", "a.tar", "a.parquet")
+    source = open_sources([str(tmp_path / name) for name in names], Data(), need_captions=False)
+    labels = [source.label(i) for i in range(len(source))]
+    assert labels == [source[i].label for i in range(len(source))]
+    assert labels == ["cat", "cat", "dog", "0", "1", *(pair(number)["label"] for number in range(3))]
+    assert Subset(source, np.array([2, 4])).label(1) == "1"
+    assert Without(source, np.array([0, 1])).label(0) == "dog"

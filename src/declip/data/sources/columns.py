@@ -15,7 +15,7 @@ from declip.pairs import Data
 IMAGE_NAMES = ("image", "jpg", "png", "img", "bytes")
 FILE_NAMES = ("filename", "file_name", "filepath", "path", "image")
 CAPTION_NAMES = ("captions", "caption", "text", "name", "title")
-LABEL_NAMES = ("class_name", "label", "class", "category")
+LABEL_NAMES = ("class_name", "label", "class", "category", "fine_label")
 KEY_NAMES = ("key", "id", "__key__", "filename")
 
 ColumnTypes = Mapping[str, Any]  # a table's column names with their Arrow types, None in a text table

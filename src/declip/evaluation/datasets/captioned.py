@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from declip.errors import InputError, first_line
 from declip.evaluation.datasets.catalogue import Benchmark
-from declip.evaluation.datasets.folders import lines
 from declip.evaluation.datasets.labelled import Read, images_in
+from declip.evaluation.datasets.layouts import CAPTION_PLACES
+from declip.evaluation.datasets.text_files import read_json, read_lines
 
 # Where the images of a set may lie, relative to its folder.
 _IMAGE_FOLDERS = {
@@ -17,7 +17,6 @@ _IMAGE_FOLDERS = {
     "flickr8k": ("", "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "Flickr8k_Dataset/Flicker8k_Dataset"),
     "coco": ("", "images"),
 }
-_PLACES = ("", "annotations", "karpathy", "karpathy_splits", "Flickr8k_text")  # of the files with captions
 
 Captioned = dict[str, list[str]]  # the captions of each image file, in the order of the split
 
@@ -26,7 +25,7 @@ def read_karpathy(known: Benchmark, folder: Path, split: str) -> Read:
     """Karpathy's dataset_coco.json, dataset_flickr30k.json and dataset_flickr8k.json, with all splits in one."""
     kind = _kind(known)
     file = _file(folder, f"dataset_{kind}.json")
-    images = _list(file, _json(file), "images")
+    images = _list(file, read_json(file), "images")
     captions: Captioned = {}
     for image in images:
         if _text(file, image, "split") != split:
@@ -44,7 +43,7 @@ def read_coco(known: Benchmark, folder: Path, split: str) -> Read:
     Images come in the order of their ids, as there.
     """
     file = _file(folder, f"coco_{split}_karpathy.json")
-    content = _json(file)
+    content = read_json(file)
     year = "train2014" if split == "train" else "val2014"
     try:
         named = {int(image["id"]): _text(file, image, "file_name") for image in _list(file, content, "images")}
@@ -61,11 +60,11 @@ def read_flickr_lists(known: Benchmark, folder: Path, split: str) -> Read:
     """CLIP benchmark's flickr30k_test_karpathy.txt: a header, then lines ``36979.jpg,A group of friends …``."""
     file = _file(folder, f"{known.name}_{split}_karpathy.txt")
     captions: Captioned = {}
-    for number, text in list(lines(file))[1:]:
-        image, comma, caption = text.strip().partition(".jpg,")
+    for number, text in read_lines(file)[1:]:
+        image, comma, caption = text.partition(".jpg,")
         if not comma:
             raise InputError(f"{file}, line {number}: write the image's file name, a comma and a caption.")
-        captions.setdefault(f"{image}.jpg", []).append(caption.strip().strip('"'))
+        captions.setdefault(f"{image}.jpg", []).append(caption)
     return _read(file, folder, known.name, split, captions)
 
 
@@ -75,16 +74,15 @@ def read_tokens(known: Benchmark, folder: Path, split: str) -> Read:
     of_dev = "dev" if split == "val" else split
     chosen = _file(folder, f"Flickr_8k.{of_dev}Images.txt", f"{known.name}_{split}.txt", f"{split}.txt")
     captions: Captioned = {}
-    for _, text in lines(chosen):
-        name = text.strip()
+    for _, name in read_lines(chosen):
         captions[name if name.endswith(".jpg") else f"{name}.jpg"] = []
-    for number, text in lines(file):
+    for number, text in read_lines(file):
         name, tab, caption = text.partition("\t")
         image, mark, _ = name.rpartition("#")
         if not (tab and mark):
             raise InputError(f"{file}, line {number}: write the image's file name, #, a number, a tab and a caption.")
         if image in captions:
-            captions[image].append(caption.strip())
+            captions[image].append(caption)
     return _read(chosen, folder, known.name, split, captions)
 
 
@@ -112,22 +110,12 @@ def _where(folder: Path, kind: str, image: str) -> Path:
 
 
 def _file(folder: Path, *names: str) -> Path:
-    """The first of these files that is there. Raises InputError where none is, which says what splits there are."""
-    places = [folder / place / name for name in names for place in _PLACES]
+    """The first of these files that is there. Raises InputError where none is."""
+    places = [folder / place / name for name in names for place in CAPTION_PLACES]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise InputError(f"{folder} has no {' or '.join(names)}, so it has no such split: put the file there.")
     return found
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read: {first_line(error)}; get it anew.") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no JSON object: get it anew.")
-    return values
 
 
 def _list(file: Path, values: dict[str, Any], name: str) -> list[dict[str, Any]]:

@@ -6,8 +6,7 @@ their papers. Nothing here looks at the disk or imports anything that takes time
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Literal
 
@@ -36,7 +35,7 @@ class Benchmark:
     title: str
     tasks: tuple[Task, ...]
     metric: Metric
-    splits: Mapping[str, int]
+    splits: dict[str, int]
     needs: str
     source: str
     names: str = ""
@@ -45,7 +44,7 @@ class Benchmark:
     train: str | None = None
     search: tuple[str, str] | None = None
     hub: str = ""
-    aliases: tuple[str, ...] = field(default=())
+    aliases: tuple[str, ...] = ()
     folds: int = 1
 
 
@@ -320,24 +319,33 @@ _CAPTIONED = (
     ),
 )
 # Of VSE++ (Faghri et al. 2018) and others before: five folds of 1,000 images.
-_FOLDED = Benchmark(
+_FOLDED = replace(
+    _CAPTIONED[-1],
     name="coco-1k",
     title="COCO captions (Karpathy, five folds of 1,000)",
-    tasks=_RETRIEVAL,
-    metric="recall",
     splits={"test": 5000},
-    needs=_CAPTIONED[-1].needs,
-    source=_CAPTIONED[-1].source,
-    hub="wds_mscoco_captions",
+    train=None,
+    aliases=("coco", *_CAPTIONED[-1].aliases),
     folds=5,
 )
 
-BENCHMARKS: Mapping[str, Benchmark] = {known.name: known for known in (*_PROBED, *_SHIFTED, *_CAPTIONED, _FOLDED)}
+BENCHMARKS: dict[str, Benchmark] = {known.name: known for known in (*_PROBED, *_SHIFTED, *_CAPTIONED, _FOLDED)}
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-").replace("/", "-").removeprefix("wds-")
+
+
 _SPELLINGS = {
-    spelling: known.name
-    for known in BENCHMARKS.values()
-    for spelling in (known.name, *known.aliases, *([known.hub] if known.folds == 1 else []))
+    _plain(spelling): known.name
+    for known in reversed(BENCHMARKS.values())  # of a spelling that two have, the first one has it
+    for spelling in (known.hub, *known.aliases, known.name)
 }
+
+
+def is_benchmark(name: str) -> bool:
+    """Whether it is a benchmark's name, in any spelling that ``benchmark`` takes."""
+    return _plain(name) in _SPELLINGS
 
 
 def benchmark(name: str) -> Benchmark:
@@ -345,10 +353,8 @@ def benchmark(name: str) -> Benchmark:
 
     Raises InputError for any other name, with the nearest one.
     """
-    spelling = name.lower().replace("_", "-").replace("/", "-")
-    by_spelling = {known.lower().replace("_", "-"): to for known, to in _SPELLINGS.items()}
-    if found := by_spelling.get(spelling) or by_spelling.get(spelling.removeprefix("wds-")):
-        return BENCHMARKS[found]
-    near = get_close_matches(spelling, by_spelling, 1, 0.5)
-    hint = f"did you mean {by_spelling[near[0]]}?" if near else "choose one of " + ", ".join(BENCHMARKS) + "."
+    if is_benchmark(name):
+        return BENCHMARKS[_SPELLINGS[_plain(name)]]
+    near = get_close_matches(_plain(name), _SPELLINGS, 1, 0.5)
+    hint = f"did you mean {_SPELLINGS[near[0]]}?" if near else "choose one of " + ", ".join(BENCHMARKS) + "."
     raise InputError(f"There is no dataset {name!r}: {hint}")

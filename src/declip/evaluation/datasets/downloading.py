@@ -9,16 +9,16 @@ from declip.errors import InputError, first_line
 from declip.evaluation.datasets.catalogue import Benchmark, benchmark
 from declip.evaluation.datasets.layouts import Found, find
 
-# torchvision's class of each, and what it is called with for each file that it must fetch.
-_TORCHVISION: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "pets": ("OxfordIIITPet", [{"split": "test"}]),
-    "cifar10": ("CIFAR10", [{}]),
-    "cifar100": ("CIFAR100", [{}]),
-    "food101": ("Food101", [{"split": "test"}]),
-    "flowers": ("Flowers102", [{"split": "test"}]),
-    "caltech101": ("Caltech101", [{}]),
-    "aircraft": ("FGVCAircraft", [{"split": "test"}]),
-    "dtd": ("DTD", [{"split": "test"}]),
+# torchvision's class of each, and what it is called with; each fetches all splits at once.
+_TORCHVISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "pets": ("OxfordIIITPet", {"split": "test"}),
+    "cifar10": ("CIFAR10", {}),
+    "cifar100": ("CIFAR100", {}),
+    "food101": ("Food101", {"split": "test"}),
+    "flowers": ("Flowers102", {"split": "test"}),
+    "caltech101": ("Caltech101", {}),
+    "aircraft": ("FGVCAircraft", {"split": "test"}),
+    "dtd": ("DTD", {"split": "test"}),
 }
 
 
@@ -53,9 +53,8 @@ def download(name: str, root: str | Path) -> Found:
 def _with_torchvision(known: Benchmark, folder: Path) -> None:
     from torchvision import datasets
 
-    kind, calls = _TORCHVISION[known.name]
-    for options in calls:
-        getattr(datasets, kind)(str(folder), download=True, **options)
+    kind, options = _TORCHVISION[known.name]
+    getattr(datasets, kind)(str(folder), download=True, **options)
 
 
 def _shards(known: Benchmark, folder: Path) -> None:

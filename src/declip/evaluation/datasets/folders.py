@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from declip.data.sources.folder import SUFFIXES
-from declip.errors import InputError, first_line
+from declip.errors import InputError
 from declip.evaluation.datasets.catalogue import Benchmark
 from declip.evaluation.datasets.labelled import Labels, Read, images_in, spoken
 from declip.evaluation.datasets.matlab import read_matlab
+from declip.evaluation.datasets.names import class_names
+from declip.evaluation.datasets.text_files import read_lines
 
 _PER_CLASS = 30  # of Caltech-101's images that are trained on
 _CALTECH_SEED = 0
@@ -21,14 +23,14 @@ _CALTECH_SEED = 0
 def read_pets(known: Benchmark, folder: Path, split: str) -> Read:
     """Oxford-IIIT Pets: lines ``Abyssinian_1 1 1 1``, of which the second is the class, counted from 1."""
     file = folder / "annotations" / f"{split}.txt"
-    rows = [_parts(file, line, text, 4) for line, text in lines(file)]
+    rows = [_parts(file, line, text, 4) for line, text in read_lines(file)]
     labels = np.array([_number(file, row[1]) - 1 for row in rows], np.int64)
-    return _listed(file, folder / "images", [f"{row[0]}.jpg" for row in rows], labels, _shipped(known))
+    return _listed(file, folder / "images", [f"{row[0]}.jpg" for row in rows], labels, class_names(known.names))
 
 
 def read_sun397(known: Benchmark, folder: Path, split: str) -> Read:
     """SUN397: lines ``/a/abbey/sun_aaalbzqrimafwbiv.jpg`` in the first partition's lists; all is what folders hold."""
-    names = [text.strip() for _, text in lines(folder / "ClassName.txt")]
+    names = [text for _, text in read_lines(folder / "ClassName.txt")]
     numbers = {name: number for number, name in enumerate(names)}
     if split == "all":
         file = folder / "ClassName.txt"
@@ -40,7 +42,7 @@ def read_sun397(known: Benchmark, folder: Path, split: str) -> Read:
                 f"{file} is missing, so {known.title} has no {split} split: unpack Partitions.zip of {known.source} "
                 "into that folder, or judge the split all."
             )
-        paths = [text.strip() for _, text in lines(file)]
+        paths = [text for _, text in read_lines(file)]
     labels = [_known(file, numbers, path.rsplit("/", 1)[0]) for path in paths]
     classes = spoken([name[3:].replace("/", " ") for name in names])
     return _listed(file, folder, [path.lstrip("/") for path in paths], np.array(labels, np.int64), classes)
@@ -48,13 +50,13 @@ def read_sun397(known: Benchmark, folder: Path, split: str) -> Read:
 
 def read_food101(known: Benchmark, folder: Path, split: str) -> Read:
     """Food-101: lines ``apple_pie/1005649``."""
-    names = [text.strip() for _, text in lines(folder / "meta" / "classes.txt")]
+    names = [text for _, text in read_lines(folder / "meta" / "classes.txt")]
     return _by_folder(folder / "meta" / f"{split}.txt", folder / "images", names, ".jpg")
 
 
 def read_dtd(known: Benchmark, folder: Path, split: str) -> Read:
     """Describable Textures, its first partition: lines ``banded/banded_0002.jpg``."""
-    names = sorted(path.name for path in (folder / "images").iterdir() if path.is_dir())
+    names = _folders_in(folder / "images")
     files = [folder / "labels" / f"{part}1.txt" for part in _joined(split)]
     return _by_folder(files[0], folder / "images", names, "", *files[1:])
 
@@ -62,10 +64,10 @@ def read_dtd(known: Benchmark, folder: Path, split: str) -> Read:
 def read_aircraft(known: Benchmark, folder: Path, split: str) -> Read:
     """FGVC Aircraft by variants: lines ``1025794 707-320``."""
     data = folder / "data"
-    names = [text.strip() for _, text in lines(data / "variants.txt")]
+    names = [text for _, text in read_lines(data / "variants.txt")]
     numbers = {name: number for number, name in enumerate(names)}
     file = data / f"images_variant_{split}.txt"
-    rows = [text.strip().partition(" ") for _, text in lines(file)]
+    rows = [text.partition(" ") for _, text in read_lines(file)]
     labels = np.array([_known(file, numbers, name) for _, _, name in rows], np.int64)
     return _listed(file, data / "images", [f"{image}.jpg" for image, _, _ in rows], labels, tuple(names))
 
@@ -80,7 +82,7 @@ def read_flowers(known: Benchmark, folder: Path, split: str) -> Read:
     if len(numbers) and not 1 <= numbers.min() <= numbers.max() <= len(of_all):
         raise InputError(f"{file} names images that imagelabels.mat has no labels of: get both anew.")
     paths = [f"image_{number:05d}.jpg" for number in numbers]
-    return _listed(file, folder / "jpg", paths, of_all[numbers - 1] - 1, _shipped(known))
+    return _listed(file, folder / "jpg", paths, of_all[numbers - 1] - 1, class_names(known.names))
 
 
 def read_cars(known: Benchmark, folder: Path, split: str) -> Read:
@@ -97,7 +99,10 @@ def read_cars(known: Benchmark, folder: Path, split: str) -> Read:
         isinstance(row, dict) and {"fname", "class"} <= row.keys() for row in rows
     ):
         raise InputError(f"{file} holds no annotations with fname and class: get the ones with labels.")
-    labels = np.array([int(row["class"][0]) - 1 for row in rows], np.int64)
+    try:
+        labels = np.array([int(row["class"][0]) - 1 for row in rows], np.int64)
+    except (IndexError, TypeError, ValueError):
+        raise InputError(f"{file} has an annotation whose class is no number: get the ones with labels.") from None
     classes = spoken([str(name) for name in names])
     return _listed(file, folder / f"cars_{split}", [str(row["fname"]) for row in rows], labels, classes)
 
@@ -105,13 +110,16 @@ def read_cars(known: Benchmark, folder: Path, split: str) -> Read:
 def read_caltech101(known: Benchmark, folder: Path, split: str) -> Read:
     """Caltech-101: a folder a class, of which 30 images drawn with a fixed seed are trained on, the others tested on.
 
-    CLIP's class names are in the order of the folders' names; without BACKGROUND_Google the first is left out.
+    CLIP's class names are in the order of the folders' names, of which BACKGROUND_Google is the first.
     """
     images = folder / "101_ObjectCategories"
-    folders = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
-    names = _shipped(known)
-    if "BACKGROUND_Google" not in folders:
-        names = names[1:]
+    folders = _folders_in(images)
+    names = class_names(known.names)
+    if len(folders) != len(names):
+        raise InputError(
+            f"{images} holds {len(folders)} folders where {known.title} has {len(names)}, BACKGROUND_Google included: "
+            "unpack it anew."
+        )
     paths: list[str] = []
     labels: list[int] = []
     for number, name in enumerate(folders):
@@ -120,26 +128,13 @@ def read_caltech101(known: Benchmark, folder: Path, split: str) -> Read:
         chosen = {"train": order[:_PER_CLASS], "test": order[_PER_CLASS:], "all": order}[split]
         paths += [f"{name}/{there[i]}" for i in np.sort(chosen)]
         labels += [number] * len(chosen)
-    if len(folders) != len(names):
-        raise InputError(f"{images} holds {len(folders)} folders where Caltech-101 has {len(names)}: unpack it anew.")
     return _listed(images, images, paths, np.array(labels, np.int64), names)
-
-
-def lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not empty, with their numbers from 1. Raises InputError where it has none."""
-    try:
-        found = [(line, text) for line, text in enumerate(file.read_text("utf-8").splitlines(), 1) if text.strip()]
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"{file} cannot be read: {first_line(error)}; unpack the archive anew.") from None
-    if not found:
-        raise InputError(f"{file} is empty: unpack the archive anew.")
-    return iter(found)
 
 
 def _by_folder(file: Path, images: Path, names: Sequence[str], suffix: str, *more: Path) -> Read:
     """Lists in which the folder of each image is its class."""
     numbers = {name: number for number, name in enumerate(names)}
-    paths = [text.strip() for one in (file, *more) for _, text in lines(one)]
+    paths = [text.strip() for one in (file, *more) for _, text in read_lines(one)]
     labels = [_known(file, numbers, path.partition("/")[0]) for path in paths]
     return _listed(file, images, [path + suffix for path in paths], np.array(labels, np.int64), spoken(names))
 
@@ -149,10 +144,8 @@ def _listed(file: Path, images: Path, paths: Sequence[str], labels: Labels, clas
     return Read(source, labels, classes)
 
 
-def _shipped(known: Benchmark) -> tuple[str, ...]:
-    from declip.evaluation.datasets.names import class_names
-
-    return class_names(known.names)
+def _folders_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _joined(split: str) -> tuple[str, ...]:

@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 from declip.data.sources import Pair, Source, joined, open_sources
 from declip.data.sources.base import clean_captions
+from declip.data.sources.columns import LABEL_NAMES
 from declip.data.sources.folder import open_folder
 from declip.errors import InputError, first_line
-from declip.evaluation.datasets.labelled import Read, numbered, spoken
+from declip.evaluation.datasets.labelled import Read, key_of, numbered, spoken
 from declip.evaluation.datasets.layouts import Found, parquet_files
+from declip.model.prompts import resolve_templates
 from declip.pairs import Data
 
 _NO_CAPTIONS = Data(templates=[])
@@ -60,7 +62,7 @@ class LinesSource:
         return self.source.where(i)
 
 
-def read_general(found: Found, split: str, parts: Sequence[str], captioned: bool, classes: tuple[str, ...]) -> Read:
+def read_general(found: Found, parts: Sequence[str], captioned: bool, classes: tuple[str, ...]) -> Read:
     """A split of a benchmark in one of the layouts of any set.
 
     parts: what the split is called there, or the two that make it up; classes: the names of the benchmark's classes
@@ -84,12 +86,12 @@ def _part(found: Found, part: str, captioned: bool, classes: tuple[str, ...]) ->
         case "parquet":
             files = [str(file) for file in parquet_files(found, part)]
             source = open_sources(files, Data(), need_captions=captioned)
-            return _table(files[0], source, captioned, _noted_classes(files[0]) or classes)
+            folder = Path(files[0])
         case "huggingface":
             source = open_sources([str(folder)], Data(), need_captions=captioned)
         case _:
             source = open_folder(str(folder), folder, _NO_CAPTIONS, False)
-    return _table(str(folder), source, captioned, classes)
+    return _table(str(folder), source, captioned, _as_prompts_say(_noted_classes(str(folder)), classes))
 
 
 def _shards(folder: Path, split: str, captioned: bool) -> Read:
@@ -105,15 +107,13 @@ def _shards(folder: Path, split: str, captioned: bool) -> Read:
     if captioned:
         return Read(LinesSource(source))
     classes = _text_lines(folder / "classnames.txt")
-    templates = _text_lines(folder / "zeroshot_classification_templates.txt")
-    labels = numbered(source, classes)
-    return Read(source, labels, classes, tuple(template.replace("{c}", "{}") for template in templates))
+    prompts = [line.replace("{c}", "{}") for line in _text_lines(folder / "zeroshot_classification_templates.txt")]
+    return Read(source, numbered(source, classes), classes, tuple(resolve_templates(prompts)) if prompts else ())
 
 
 def read_own(path: str) -> Read:
     """Labelled pairs of the user's own, of any kind; their classes are the sorted set of the labels."""
-    data = _NO_CAPTIONS if Path(path).is_dir() else Data()
-    return _table(path, open_sources([path], data, need_captions=False), False, _noted_classes(path))
+    return _table(path, open_sources([path], _NO_CAPTIONS, need_captions=False), False, _noted_classes(path))
 
 
 def _table(where: str, source: Source, captioned: bool, classes: tuple[str, ...]) -> Read:
@@ -136,16 +136,30 @@ def _is_number(label: str) -> bool:
     return label.removeprefix("-").isdigit()
 
 
-def _noted_classes(file: str) -> tuple[str, ...]:
-    """The class names that Hugging Face writes into the schema of a parquet file; () where there are none."""
-    if not file.endswith(".parquet"):
-        return ()
+def _noted_classes(path: str) -> tuple[str, ...]:
+    """The class names that Hugging Face notes in a parquet file's schema or beside a dataset; () where there are none.
+
+    They are in the order of the numbers that stand for them.
+    """
+    info = Path(path) / "dataset_info.json"
     try:
-        noted = json.loads((pq.read_schema(file).metadata or {}).get(b"huggingface", b"{}"))
-        names = noted["info"]["features"]["label"]["names"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if info.is_file():
+            noted = json.loads(info.read_text("utf-8"))
+        elif path.endswith(".parquet"):
+            noted = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))["info"]
+        else:
+            return ()
+        features = noted["features"]
+        names = features[next(name for name in LABEL_NAMES if name in features)]["names"]
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return ()
     return tuple(str(name) for name in names) if isinstance(names, list) else ()
+
+
+def _as_prompts_say(noted: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """Class names as the files have them, but for those of a benchmark that differ from its own in spelling alone."""
+    own = {key_of(name): name for name in known}
+    return tuple(own.get(key_of(name), name) for name in noted) or known
 
 
 def _count(file: Path) -> int:
@@ -156,13 +170,14 @@ def _count(file: Path) -> int:
 
 
 def _text_lines(file: Path) -> tuple[str, ...]:
-    """The lines of a file, stripped; () where there is no file. An empty line between others stays."""
+    """The lines of a file, stripped; () where there is no file or nothing in it. Empty lines between others stay."""
     try:
-        return tuple(line.strip() for line in file.read_text("utf-8").rstrip("\n").split("\n"))
+        text = file.read_text("utf-8").rstrip()
     except FileNotFoundError:
         return ()
     except (OSError, UnicodeError) as error:
         raise InputError(f"{file} cannot be read: {first_line(error)}; download it anew.") from None
+    return tuple(line.strip() for line in text.split("\n")) if text else ()
 
 
 def _lines(captions: tuple[str, ...]) -> tuple[str, ...]:

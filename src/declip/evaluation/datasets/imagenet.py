@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +15,7 @@ from declip.errors import InputError, first_line
 from declip.evaluation.datasets.catalogue import Benchmark
 from declip.evaluation.datasets.labelled import Labels, Read
 from declip.evaluation.datasets.names import class_names, wordnet_ids
+from declip.evaluation.datasets.text_files import read_json
 from declip.pairs import Data
 
 
@@ -45,10 +44,10 @@ def read_objectnet(known: Benchmark, folder: Path, split: str) -> Read:
     A class stands for one or several of ImageNet's. What is what, the release says in its ``mappings``.
     """
     mappings = folder / "mappings"
-    name_of_folder = _mapping(mappings / "folder_to_objectnet_label.json")
-    imagenet_names = _mapping(mappings / "objectnet_to_imagenet_1k.json")
+    name_of_folder = read_json(mappings / "folder_to_objectnet_label.json")
+    imagenet_names = read_json(mappings / "objectnet_to_imagenet_1k.json")
     number_in_pytorch = {
-        str(line): number for number, line in _mapping(mappings / "pytorch_to_imagenet_2012_id.json").items()
+        str(line): number for number, line in read_json(mappings / "pytorch_to_imagenet_2012_id.json").items()
     }
     try:
         listed = (mappings / "imagenet_to_label_2012_v2").read_text("utf-8").splitlines()
@@ -91,13 +90,3 @@ def _folders(folder: Path) -> tuple[Source, list[str]]:
     """The images in a folder's folders, and the name of the folder that each is in."""
     source: TableSource = open_folder(str(folder), folder, Data(templates=[]), False)
     return source, source.label_column.to_pylist()
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} cannot be read: {first_line(error)}; unpack ObjectNet anew.") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file} holds no JSON object: unpack ObjectNet anew.")
-    return values

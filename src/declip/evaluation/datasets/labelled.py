@@ -110,13 +110,20 @@ def numbered(source: Source, classes: Sequence[str]) -> Labels:
 
     Raises InputError where an image has no label or one that is no class.
     """
-    numbers = {_key(name): number for number, name in enumerate(classes)}
+    numbers = {key_of(name): number for number, name in enumerate(classes)}
+    times = Counter(map(key_of, classes))
     labels = np.empty(len(source), np.int64)
     for i in range(len(source)):
         label = source.label(i)
         if label is None:
             raise InputError(f"{source.where(i)}: there is no label; give it one, or leave the image out.")
-        found = numbers.get(_key(label))
+        key = key_of(label)
+        if times[key] > 1:
+            raise InputError(
+                f"{source.where(i)}: the label {label!r} stands for several classes: give each a name of its own, or "
+                "its number."
+            )
+        found = numbers.get(key)
         if found is None:
             try:
                 found = int(label)
@@ -129,7 +136,8 @@ def numbered(source: Source, classes: Sequence[str]) -> Labels:
     return labels
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+    """What is the same in all spellings of a class name."""
     return name.replace("_", " ").replace("/", " ").strip().lower()
 
 

@@ -27,20 +27,33 @@ class Layout:
     """How an archive unpacks.
 
     folders: what it may be called; marks: what is in it, a folder where it ends in /; alone: the marks are found in no
-    other set, so that the folder may have any name.
+    other set, so that the folder may have any name; places: where in the folder the marks may lie.
     """
 
     folders: tuple[str, ...]
     marks: tuple[str, ...]
     alone: bool = True
+    places: tuple[str, ...] = ("",)
 
+
+# The files with captions lie beside the images, or in a folder of their own.
+CAPTION_PLACES = ("", "annotations", "karpathy", "karpathy_splits", "Flickr8k_text")
 
 GENERAL = ("webdataset", "huggingface", "parquet", "image-folder")
+"""The layouts that any set may have, in the order in which they are looked for."""
 
 _SKETCH = ("sketch", "imagenet-sketch", "ImageNet-Sketch")
 _V2 = ("imagenetv2-matched-frequency-format-val", "ImageNetV2-matched-frequency", "imagenetv2")
 _IMAGENET = ("imagenet", "imagenet1k", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
 _COCO = ("coco", "COCO", "coco2014", "mscoco", "mscoco_captions")
+
+_FLICKR30K = ("flickr30k", "Flickr30k")
+_FLICKR8K = ("flickr8k", "Flickr8k")
+
+
+def _captions(folders: tuple[str, ...], file: str) -> Layout:
+    return Layout(folders, (file,), places=CAPTION_PLACES)
+
 
 LAYOUTS: dict[str, dict[str, Layout]] = {
     "pets": {"pets": Layout(("oxford-iiit-pet",), ("images/", "annotations/test.txt"))},
@@ -63,23 +76,21 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     "imagenet-sketch": {"imagenet": Layout(_SKETCH, ("n01440764/",), alone=False)},
     "objectnet": {"objectnet": Layout(("objectnet-1.0",), ("images/", "mappings/objectnet_to_imagenet_1k.json"))},
     "flickr30k": {
-        "karpathy": Layout(("flickr30k", "Flickr30k"), ("dataset_flickr30k.json",)),
-        "flickr-lists": Layout(("flickr30k", "Flickr30k"), ("flickr30k_test_karpathy.txt",)),
-        "tokens": Layout(("flickr30k", "Flickr30k"), ("results_20130124.token",)),
+        "karpathy": _captions(_FLICKR30K, "dataset_flickr30k.json"),
+        "flickr-lists": _captions(_FLICKR30K, "flickr30k_test_karpathy.txt"),
+        "tokens": _captions(_FLICKR30K, "results_20130124.token"),
     },
     "flickr8k": {
-        "karpathy": Layout(("flickr8k", "Flickr8k"), ("dataset_flickr8k.json",)),
-        "flickr-lists": Layout(("flickr8k", "Flickr8k"), ("flickr8k_test_karpathy.txt",)),
-        "tokens": Layout(("flickr8k", "Flickr8k"), ("Flickr8k.token.txt",)),
+        "karpathy": _captions(_FLICKR8K, "dataset_flickr8k.json"),
+        "flickr-lists": _captions(_FLICKR8K, "flickr8k_test_karpathy.txt"),
+        "tokens": _captions(_FLICKR8K, "Flickr8k.token.txt"),
     },
     "coco": {
-        "karpathy": Layout(_COCO, ("dataset_coco.json",)),
-        "coco": Layout(_COCO, ("coco_test_karpathy.json",)),
+        "karpathy": _captions(_COCO, "dataset_coco.json"),
+        "coco": _captions(_COCO, "coco_test_karpathy.json"),
     },
 }
 LAYOUTS["coco-1k"] = LAYOUTS["coco"]
-# The files with captions lie beside the images, or in a folder of their own.
-_CAPTION_PLACES = ("", "annotations/", "karpathy/", "karpathy_splits/", "Flickr8k_text/")
 
 
 def find(name: str, root: Path) -> Found | None:
@@ -150,21 +161,18 @@ def _names(known: Benchmark, split: str) -> list[tuple[str, ...]]:
 
 def _own(known: Benchmark, layout: Layout, root: Path) -> Path | None:
     """The folder with a layout's marks, where there is one."""
-    bases = dict.fromkeys([root, *_folders_of(known, root)])
-    for base in bases:
+    named = _folders_of(known, root)
+    for base in dict.fromkeys([root, *named]):
         for folder in (*(base / name for name in layout.folders), base):
-            if folder == root and not layout.alone and root.name not in (*layout.folders, known.name):
+            if folder == root and not layout.alone and root.name not in layout.folders and root not in named:
                 continue
-            if all(_is_there(folder, mark) for mark in layout.marks):
+            if all(any(_is_there(folder / place, mark) for place in layout.places) for mark in layout.marks):
                 return folder
     return None
 
 
 def _is_there(folder: Path, mark: str) -> bool:
-    if mark.endswith("/"):
-        return (folder / mark).is_dir()
-    places = _CAPTION_PLACES if mark.endswith((".json", ".txt", ".token")) and "/" not in mark else ("",)
-    return any((folder / place / mark).is_file() for place in places)
+    return (folder / mark).is_dir() if mark.endswith("/") else (folder / mark).is_file()
 
 
 def _folders_of(known: Benchmark, root: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from declip.errors import InputError
-from declip.evaluation.datasets.catalogue import BENCHMARKS, Benchmark, benchmark
+from declip.evaluation.datasets.catalogue import BENCHMARKS, Benchmark, benchmark, is_benchmark
 from declip.evaluation.datasets.layouts import GENERAL, Found, parts_of_split, splits_there
 from declip.evaluation.datasets.layouts import find as find_layout
 from declip.evaluation.datasets.names import DEFAULT_TEMPLATES, class_names, templates
@@ -38,7 +38,7 @@ def open_dataset(name: str, root: str | Path | None = None, split: str | None = 
     Raises InputError where there is no such dataset or split, its files are not found or not whole, a label is outside
     the class list, a class name is empty or there twice, or all images are of one class.
     """
-    if Path(name).expanduser().exists():
+    if not is_benchmark(name) and (set(name) & set("/.:*") or Path(name).exists()):
         return _open_own(name, split)
     known = benchmark(name)
     if root is None:
@@ -89,7 +89,8 @@ def _labelled(known: Benchmark, split: str, found: Found) -> LabelledSource:
                 f"{where} names {len(classes)} classes where there are {known.classes}: complete it, or judge it by "
                 "its path, as a dataset of your own."
             )
-        check_classes(where, classes, repeated=set(classes) <= set(class_names(known.names)))
+        # Among the published names of ImageNet's classes, "missile" and "sunglasses" stand twice.
+        check_classes(where, classes, repeated=known.names == "imagenet1k")
         check_labels(where, read.source, labels, len(classes))
     prompts = read.templates or (templates(known.names) if known.names else ())
     return LabelledSource(
@@ -113,7 +114,7 @@ def _general(known: Benchmark, split: str, found: Found) -> Read:
     if parts is None:
         there = " and ".join(splits_there(found))
         raise InputError(f"{known.title} in {found.folder} has no split {split}: it has {there}.")
-    return read_general(found, split, parts, "retrieval" in known.tasks, class_names(known.names))
+    return read_general(found, parts, "retrieval" in known.tasks, class_names(known.names))
 
 
 def _read(known: Benchmark, split: str, found: Found) -> Read:
