@@ -57,11 +57,10 @@ def embedding_health(
 
 
 def uniformity(embeddings: Tensor, t: float = 2.0, sample: int = SAMPLE, seed: int = 0) -> float:
-    """How evenly embeddings ``[n, width]`` cover the sphere: the lower the better (Wang and Isola 2020, arXiv:2005.10242,
-    section 4.1).
+    """How evenly embeddings ``[n, width]`` cover the sphere: the lower the better, 0 where all lie in one point.
 
-    The logarithm of the mean of exp(-t d²) over all pairs of two different embeddings, d their distance; 0 where all
-    lie in one point.
+    The logarithm of the mean of exp(-t d²) over all pairs of two different embeddings, d their distance (Wang and Isola
+    2020, arXiv:2005.10242, section 4.1).
     """
     if len(embeddings) > sample:
         chosen = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(seed))[:sample]
