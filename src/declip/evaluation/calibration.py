@@ -116,7 +116,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         following = inverse - slope / curvature if curvature > 0 else math.inf
         if not low < following < high:
             following = math.sqrt(low * high)
-        if abs(following - inverse) <= 1e-9 * inverse:
+        if abs(following - inverse) <= 1e-6 * inverse:
             break
         inverse = following
     return 1 / inverse
