@@ -212,9 +212,10 @@ def test_the_best_figure_is_bold_and_the_difference_is_given(tmp_path: Path) -> 
 
 def test_other_metrics_are_shown_too(tmp_path: Path) -> None:
     metrics = {"text_to_image_r1": 9.0, "held_out_concepts_text_to_image_r1": 4.5, "cifar10_top1": 31.25}
-    page = report(tmp_path, [model(metrics=metrics), model("CLIP")])
+    page = report(tmp_path, [model(metrics={**metrics, "text_to_image_median_rank": 77.0}), model("CLIP")])
     for words in ("Held out concepts", "4.5", "Other metrics", "cifar10 top1", "31.2"):
         assert words in page.text
+    assert "77" not in page.text  # a rank is not in percent
 
 
 @pytest.mark.parametrize(

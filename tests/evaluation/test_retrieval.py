@@ -148,9 +148,18 @@ def test_blocks_on_both_axes_change_nothing(chunk: int | None, monkeypatch: pyte
     whole = retrieval_ranks(*data)
     monkeypatch.setattr(retrieval, "_BLOCK", {"cpu": (16, 8)})
     monkeypatch.setattr(retrieval, "_SCORES_AT_ONCE", 100)
+    shapes = []
+
+    def noted(queries: Tensor, items: Tensor) -> Tensor:
+        shapes.append((len(queries), len(items)))
+        return similarity(queries, items)
+
+    monkeypatch.setattr(retrieval, "similarity", noted)
     blocks = retrieval_ranks(*data, chunk=chunk)
     assert [blocks[way].tolist() for way in WAYS] == [whole[way].tolist() for way in WAYS]
     assert whole["text_to_image"].max() > 0
+    assert max(shapes) == (chunk or 16, 8)
+    assert sum(height * width for height, width in shapes) == 40 * 150  # each score once, for both directions
 
 
 @pytest.mark.parametrize("tokens", [False, True])

@@ -101,7 +101,7 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = BINS, adaptive:
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """What logits ``[n, classes]`` are best divided by, for the least negative log-likelihood (Guo et al., section 4.2).
+    """What logits ``[n, classes]`` are best divided by for the least negative log-likelihood (Guo et al., section 4.2).
 
     The likelihood is concave in the inverse temperature, so Newton's method finds the one optimum; where it leaves the
     interval that holds it, the interval is halved. Temperatures are looked for from 0.0001 to 10,000: the ends are
@@ -116,7 +116,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         following = inverse - slope / curvature if curvature > 0 else math.inf
         if not low < following < high:
             following = math.sqrt(low * high)
-        if abs(following - inverse) <= 1e-9 * inverse:
+        if abs(following - inverse) <= 1e-6 * inverse:
             break
         inverse = following
     return 1 / inverse
