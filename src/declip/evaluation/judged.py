@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MISSED = 2**62
@@ -20,9 +21,11 @@ class Judged:
     items: images judged, those that cannot be read among them; undecodable: how many these are; skipped: pairs with
         nothing that could be asked
     metrics: percent, but for median ranks (1 is best); intervals: of each the 95 % interval
-    ranks: of every query, 0 where the right one stands first: int64 [queries], by what is asked for
-    units: int64 [queries], which query belongs to which image, whose queries a bootstrap draws together
-    classes: int64 [queries], of a classification; settings: what else has to be known, as a probe's strength
+    ranks: of every query, 0 where the right one stands first: int64 [queries], by what is asked for; empty where the
+        figures are means over several draws of shots
+    asked: int64 [queries], of retrieval the image of each caption that is a query, of a classification each image's
+        class; choices: of a classification, among how many classes
+    settings: what else has to be known, as a probe's strength
     """
 
     model: str
@@ -34,8 +37,8 @@ class Judged:
     metrics: dict[str, float] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
     ranks: dict[str, Tensor] = field(default_factory=dict)
-    units: dict[str, Tensor] = field(default_factory=dict)
-    classes: Tensor | None = None
+    asked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    choices: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
 

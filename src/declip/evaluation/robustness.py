@@ -83,8 +83,8 @@ def _curves(
     for kind in CORRUPTIONS:
         points = [(0, clean)]
         for severity in SEVERITIES:
-            change = partial(corrupt, kind=kind, severity=severity)
-            points.append((severity, judge(_embed(model, test, places, change, seed))))
+            change = partial(corrupt, corruption=kind, severity=severity, seed=seed)
+            points.append((severity, judge(_embed(model, test, places, change))))
             done += 1
             if progress:
                 progress(f"corrupted images of {test.name}", done, total)
@@ -92,10 +92,10 @@ def _curves(
     return found
 
 
-def _embed(model: Encoder, test: TestSet, places: list[int], change: Callable[..., Pixels], seed: int) -> Tensor:
+def _embed(model: Encoder, test: TestSet, places: list[int], change: Callable[..., Pixels]) -> Tensor:
     parts = []
     for start in range(0, len(places), _AT_ONCE):
         some = places[start : start + _AT_ONCE]
-        images = [change(decode_image(test.source[place].image), seed=(seed, place)) for place in some]
+        images = [change(decode_image(test.source[place].image), item=place) for place in some]
         parts.append(torch.as_tensor(model.encode_image(images)).float().cpu())
     return torch.cat(parts)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from declip.evaluation import Progress
-from declip.evaluation.certainty import add_intervals, compare, main_metrics, same_queries
+from declip.evaluation.certainty import add_intervals, compare, same_queries
 from declip.evaluation.details import Details
 from declip.evaluation.embedding import Embedded, Encoder, embed_source
 from declip.evaluation.extracts import logit_scale, show_classification, show_health, show_retrieval
 from declip.evaluation.judged import Comparison, Judged
-from declip.evaluation.probes import ProbeSets, probes
+from declip.evaluation.probes import few_shot_probes, probe, probe_sets
 from declip.evaluation.robustness import of_retrieval, of_zero_shot
 from declip.evaluation.sets import TestSet
 from declip.evaluation.tasks import (
@@ -63,8 +63,7 @@ def evaluate_models(
     metrics = {test.name: test.metric for test in tests}
     for ours, theirs in combinations(found.results, 2):
         if ours.model != theirs.model and same_queries(ours, theirs):
-            names = main_metrics(ours, metrics[ours.data])
-            found.comparisons += [compare(ours, theirs, name, asked.seed) for name in names]
+            found.comparisons += compare(ours, theirs, metrics[ours.data], asked.seed)
     return found
 
 
@@ -79,10 +78,7 @@ def _judge(model: Encoder, test: TestSet, asked: Asked, found: Evaluation, progr
         elif task == "zero-shot":
             _zero_shot(model, test, embedded, judged, details, asked, progress)
         else:
-            sets = ProbeSets.of(model, test, embedded, progress)
-            found.results += probes(sets, judged, details if asked.details else None, asked.shots, asked.seed, progress)
-            found.details += [details] * asked.details
-            continue
+            _probe(model, test, embedded, judged, details, asked, found, progress)
         add_intervals(judged, asked.seed)
         found.results.append(judged)
         found.details += [details] * asked.details
@@ -125,3 +121,26 @@ def _zero_shot(
         show_health(details, images)
     if asked.robustness:
         details.robustness = of_zero_shot(model, test, embedded, of, classes, asked.seed, progress)
+
+
+def _probe(
+    model: Encoder,
+    test: TestSet,
+    embedded: Embedded,
+    judged: Judged,
+    details: Details,
+    asked: Asked,
+    found: Evaluation,
+    progress: Progress | None,
+) -> None:
+    """A probe on all that there is to learn from; those of few shots are results of their own."""
+    sets = probe_sets(model, test, embedded, progress)
+    if progress:
+        progress(f"probes of {test.name}", 0, 1)
+    logits = probe(sets, judged, asked.seed)
+    if asked.details:
+        show_classification(details, test, sets.of, logits, asked.seed)
+    if asked.shots:
+        found.results += few_shot_probes(sets, judged, asked.shots)
+    if progress:
+        progress(f"probes of {test.name}", 1, 1)

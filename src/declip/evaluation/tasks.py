@@ -86,12 +86,9 @@ def retrieval(test: TestSet, embedded: Embedded, texts: Texts, judged: Judged) -
     judged.skipped = len(embedded.captions) - judged.items
     lost_images = torch.arange(len(images), judged.items)
     lost_captions = torch.tensor([len(embedded.captions[row]) for row in lost], dtype=torch.int64)
-    judged.units = {
-        "text_to_image": torch.cat([texts.image, lost_images.repeat_interleave(lost_captions)]),
-        "image_to_text": torch.arange(judged.items),
-    }
-    for way, units in judged.units.items():
-        missed = torch.full((len(units) - sum(map(len, found[way])),), MISSED)
+    judged.asked = torch.cat([texts.image, lost_images.repeat_interleave(lost_captions)])
+    for way, queries in (("text_to_image", len(judged.asked)), ("image_to_text", judged.items)):
+        missed = torch.full((queries - sum(map(len, found[way])),), MISSED)
         judged.ranks[way] = torch.cat([*found[way], missed])
     judged.metrics = metrics_of_ranks(judged.ranks)
 
@@ -157,7 +154,7 @@ def classification(of: Labelled, ranks_of_readable: Tensor, judged: Judged) -> N
     ranks[readable] = ranks_of_readable
     judged.items, judged.undecodable = len(ranks), int((~readable).sum())
     judged.skipped = of.pairs - judged.items
-    judged.ranks, judged.classes = {"class": ranks}, of.classes
+    judged.ranks, judged.asked, judged.choices = {"class": ranks}, of.classes, len(of.names)
     judged.metrics = accuracies(ranks, of.classes, len(of.names))
 
 
