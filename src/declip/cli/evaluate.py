@@ -11,7 +11,7 @@ from declip.cli.terminal import command, console, progress_bar
 from declip.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from declip.evaluation import Progress
     from declip.evaluation.details import Overlap
@@ -190,7 +190,12 @@ def _save(path: Path, found: Evaluation, overlaps: Sequence[Overlap], result: di
         published = [row for data, task in tasks for row in published_rows(data, task)]
         write_evaluation_report(path, found.results, found.details, found.comparisons, overlaps, published, [])
         return
-    texts = {".json": lambda _: json.dumps(result, indent=1), ".csv": as_csv, ".md": as_markdown, ".tex": as_latex}
+    texts: dict[str, Callable[[Sequence[Judged]], str]] = {
+        ".json": lambda _: json.dumps(result, indent=1),
+        ".csv": as_csv,
+        ".md": as_markdown,
+        ".tex": as_latex,
+    }
     text = texts[path.suffix](found.results)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), several=True)
 
@@ -211,7 +216,7 @@ def _print_results(found: Evaluation, overlaps: Sequence[Overlap]) -> None:
             table.add_column("model", overflow="fold")
         for heading in ("images", "unreadable"):
             table.add_column(heading, justify="right")
-        columns = list(dict.fromkeys(name for one in judged for name in _by_direction(one).values() for name in name))
+        columns = list(dict.fromkeys(name for one in judged for row in _by_direction(one).values() for name in row))
         both_ways = task == "retrieval"
         if both_ways:
             table.add_column("from → to")
@@ -222,8 +227,8 @@ def _print_results(found: Evaluation, overlaps: Sequence[Overlap]) -> None:
             first: list[str | Text] = [Text(one.data + shots, overflow="fold")]
             first += [Text(one.model)] if len(models) > 1 else []
             first += [f"{one.items:,}", f"{one.undecodable:,}"]
-            for way, cells in _by_direction(one).items():
-                table.add_row(*first, *([way] if both_ways else []), *(cells.get(name, "–") for name in columns))
+            for way, figures in _by_direction(one).items():
+                table.add_row(*first, *([way] if both_ways else []), *(figures.get(name, "–") for name in columns))
                 first = [""] * len(first)
         out.print(table)
     for line in _remarks(found, overlaps):

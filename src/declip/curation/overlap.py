@@ -41,7 +41,7 @@ def overlap(
         if what not in looked_at:
             looked_at[what] = scan(source, max(1, (os.cpu_count() or 1) - 1), progress, f"looking for copies: {what}")
         scans.append(looked_at[what])
-    found = find_copies(*scans)
+    found = find_copies(scans[0], scans[1])
     exact, near = (np.unique(pairs[:, 0]) for pairs in (found.test_exact, found.test_near))
     examples = tuple(test.key(int(row)) for row in np.concatenate([exact, near])[:_SHOWN])
     return Overlap(model, data, len(test), len(exact), len(near), examples)

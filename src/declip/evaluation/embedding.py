@@ -168,9 +168,7 @@ def _groups(items: Iterable[_Item], found: Embedded) -> Iterator[tuple[list[np.n
     yield images, indices, done
 
 
-def embed_texts(
-    model: Encoder, texts: Sequence[str], progress: Progress | None = None, what: str = "captions"
-) -> Tensor:
+def embed_texts(model: Encoder, texts: Sequence[str], what: str, progress: Progress | None = None) -> Tensor:
     """float32 [texts, width], or [texts, tokens, width]; raises InputError where a value is no number."""
     parts = []
     for start in range(0, len(texts), _TEXTS_AT_ONCE):

@@ -103,7 +103,7 @@ def openers(models: Sequence[Any]) -> list[Callable[[], Encoder]]:
 
 def _opener(model: Any) -> Callable[[], Encoder]:
     if not isinstance(model, str | Path):
-        return lambda: model  # type: ignore[no-any-return]
+        return lambda: model
 
     def open_model() -> Encoder:
         from declip.model.pretrained import load

@@ -25,6 +25,9 @@ from declip.evaluation.tasks import (
 )
 from declip.model.token_similarity import similarity
 
+UNSEEN = -1e4
+"""Logit of a class that a probe has seen nothing of, whose own is minus infinity."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -137,7 +140,7 @@ def _probe(
     sets = probe_sets(model, test, embedded, progress)
     if progress:
         progress(f"probes of {test.name}", 0, 1)
-    logits = probe(sets, judged, asked.seed)
+    logits = probe(sets, judged, asked.seed).clamp(min=UNSEEN)
     if asked.details:
         show_classification(details, test, sets.of, logits, asked.seed)
     if asked.shots:
