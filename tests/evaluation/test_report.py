@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from declip.evaluation import charts
-from declip.evaluation.report import Hit, ModelResult, Query, write_report
-from declip.evaluation.report_sections import duration, headline
+from declip.evaluation.report import charts
+from declip.evaluation.report.training import Hit, ModelResult, Query, write_report
+from declip.evaluation.report.training_sections import duration, headline
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 LEAVES = {"path", "circle"}

@@ -18,8 +18,8 @@ from PIL import Image
 from declip.curation.findings import Finding, counted
 from declip.data.decode import decode_image
 from declip.data.sources import BrokenPair, Source
-from declip.evaluation.charts import compact
-from declip.evaluation.report_style import page
+from declip.evaluation.report.charts import compact
+from declip.evaluation.report.style import page
 from declip.files import write_atomically
 
 SAMPLES = 24
