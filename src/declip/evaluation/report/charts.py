@@ -131,20 +131,23 @@ def line_chart(
     width: int = 500,
     x_name: str = "pairs seen",
     x_ticks: Sequence[tuple[float, str]] = (),
+    named: bool = True,
 ) -> str:
     """A figure: title, note, and one line per model over pairs seen (or ``x_name``), each labelled at its end.
 
     ``noisy`` lines are drawn smoothed over a light line of the raw values; others get a dot per value while they are
     few. ``x_max`` is the end of the x axis, shared by the charts of a page; ``x_ticks`` are (place, text) pairs, by
-    default round numbers. A model without points still counts for the layout. Returns "" when no line has a point.
+    default round numbers; not ``named`` are lines whose colours the page explains. A model without points still counts
+    for the layout. Returns "" when no line has a point.
     """
     drawn = [(line, smooth(line.points) if noisy else line.points) for line in lines if line.points]
     if not drawn:
         return ""
     ends = [number(points[-1][1]) + unit for _, points in drawn]
     # On a page of one model no line needs its name beside it. Equal room makes the x axes of all charts equal.
-    labels = [(_short(line.name) if len(lines) > 1 else "", end) for (line, _), end in zip(drawn, ends, strict=True)]
-    longest = max(len(_short(line.name)) for line in lines) + 1 if len(lines) > 1 else 0
+    named = named and len(lines) > 1
+    labels = [(_short(line.name) if named else "", end) for (line, _), end in zip(drawn, ends, strict=True)]
+    longest = max(len(_short(line.name)) for line in lines) + 1 if named else 0
     right = 18 + 6.8 * (longest + max(6, *map(len, ends)))
     y_ticks = _y_ticks(drawn, noisy, from_zero)
     left = max(_LEFT, 14 + 6.2 * max(map(len, tick_labels(y_ticks))))

@@ -51,3 +51,8 @@ def setup(facts: Sequence[tuple[str, str]]) -> str:
         return ""
     items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
     return f'<section><h2>Setup</h2><dl class="card spaced">{items}</dl></section>'
+
+
+def cut(text: str, longest: int = 160) -> str:
+    """A caption as it stands under a picture: of a long one, its start."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
