@@ -166,7 +166,7 @@ def compared(models: Models, comparisons: Sequence[Comparison]) -> Section:
         " 95&nbsp;% interval of the difference. Where it reaches across zero, chance is enough to explain it."
     )
     if len(comparisons) > 1:
-        note += f" Of many comparisons one in {round(1 / SIGNIFICANT)} looks significant by chance alone."
+        note += f" Of models that are equal, one comparison in {round(1 / SIGNIFICANT)} would look significant."
     parts = []
     for (first, second), own in grouped(comparisons, lambda comparison: comparison.models).items():
         title = f"{models.named(first)} against {models.named(second)}"
@@ -182,15 +182,13 @@ def compared(models: Models, comparisons: Sequence[Comparison]) -> Section:
 
 def _comparison(models: Models, comparison: Comparison, span: float) -> str:
     """One difference in words and as a bar; to the right is always better for the first model."""
-    ahead = _ahead(comparison)
+    higher = _higher(comparison)
+    significant = higher is not None and comparison.p < SIGNIFICANT
     gap = f"{abs(comparison.difference):.1f}&nbsp;{_unit(comparison.metric)}"
-    colour = models.colour(ahead) if ahead else "level"
-    if ahead:
-        verdict = f"{models.named(ahead)} is {gap} ahead"
-    elif comparison.difference:
-        verdict = f"{gap} more or less may be chance"
-    else:
-        verdict = "No difference"
+    colour = models.colour(higher) if higher and significant else "level"
+    verdict = f"{models.named(higher)} is {gap} ahead" if higher else "No difference"
+    if higher and not significant:
+        verdict += ", which may be chance"
     low, high = comparison.interval
     flip = -1 if lower_is_better(comparison.metric) else 1
     left, right = sorted((50 + 48 * flip * low / span, 50 + 48 * flip * high / span))
@@ -204,8 +202,8 @@ def _comparison(models: Models, comparison: Comparison, span: float) -> str:
     return f'<div class="duel"><p>{where}</p><p>{verdict} <small>{figures}</small></p>{bar}</div>'
 
 
-def _ahead(comparison: Comparison) -> str | None:
-    """Who is significantly ahead; None where chance may be all."""
-    if comparison.p >= SIGNIFICANT or not comparison.difference:
+def _higher(comparison: Comparison) -> str | None:
+    """Who has the better figure, by chance or not; None of equal ones."""
+    if not comparison.difference:
         return None
     return comparison.models[(comparison.difference < 0) != lower_is_better(comparison.metric)]

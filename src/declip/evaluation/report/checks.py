@@ -83,7 +83,7 @@ def _leak(models: Models, overlap: Overlap) -> str:
     first = f'<p class="places">The first: {places}</p>' if places else ""
     return (
         f'<li class="leak"><p>{leaked(overlap):,} of the {images} ({share:.1f}&nbsp;%) also are among the training'
-        f" images of {name}, {' and '.join(kinds)}: its figures there flatter it.</p>{first}</li>"
+        f" images of {name}, {' and '.join(kinds)}: its figures there may flatter it.</p>{first}</li>"
     )
 
 

@@ -35,10 +35,12 @@ nav a:hover { border-color: var(--soft) }
 .figures tbody th, .figures tbody td { padding-top: 11px; padding-bottom: 11px }
 .figures .published th, .figures .published td { font-style: italic; color: var(--soft); padding-top: 3px;
                                                  padding-bottom: 3px; font-size: 14px }
+.figures .published td { color: var(--soft) }
 .figures .published:last-child > * { padding-bottom: 10px }
 tr:not(.published) + .published > * { padding-top: 10px !important }
 .published sup { font-style: normal; font-size: 11px; line-height: 1 }
 tbody .published + .published > * { border-top-color: transparent }
+.overview { margin-bottom: 20px }
 .footnotes { color: var(--soft); font-size: 13px; margin-top: 12px; max-width: 62em; text-wrap: pretty }
 .footnotes span { white-space: normal; margin-right: 6px } .footnotes sup { line-height: 1 }
 

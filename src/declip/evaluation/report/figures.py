@@ -18,6 +18,7 @@ from declip.evaluation.report.judgements import (
     named_metric,
     place,
 )
+from declip.evaluation.report.overview import overview
 from declip.evaluation.report.parts import DIRECTIONS, RETRIEVAL, cut, words
 
 _MARKS = {
@@ -31,7 +32,8 @@ def figures(models: Models, results: Sequence[Judged], published: Sequence[Publi
     for task, own in grouped(results, lambda judged: judged.task).items():
         sets = {judged.data for judged in own}
         beside = [row for row in published if row.task == task and row.data in sets]
-        parts.append(f"<h3>{escape(_title(task))}</h3>{_table(models, task, own, beside)}{_shots(models, task, own)}")
+        tables = overview(models, own, beside) + _table(models, task, own, beside)
+        parts.append(f"<h3>{escape(_title(task))}</h3>{tables}{_shots(models, task, own)}")
     note = "In percent but for ranks, 1 being best. Beneath each figure stands its 95&nbsp;% interval"
     note += ", and the best of a set is bold." if len(models.names) > 1 else "."
     if any(RETRIEVAL.search(metric) for judged in results for metric in judged.metrics):
@@ -93,9 +95,8 @@ def _table(models: Models, task: str, results: Sequence[Judged], published: Sequ
         rows += [_row(models, cells, own, columns) for cells in _rows(own)]
         rows += [_published(row, columns, sources) for row in published if row.data == data]
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
-    table = f'<table class="figures">{_head(columns)}{"".join(bodies)}</table>'
-    region = f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(task)}">{table}</div>'
-    return region + _footnotes(published, sources)
+    region = f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(task)}"><table class="figures">'
+    return f"{region}{_head(columns)}{''.join(bodies)}</table></div>{_footnotes(published, sources)}"
 
 
 def _rows(results: Sequence[Judged]) -> list[_Cells]:

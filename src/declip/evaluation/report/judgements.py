@@ -86,10 +86,10 @@ def signed(number: float) -> str:
 
 
 def named_metric(metric: str) -> str:
-    """As the tables head it: ``Caption → picture R@5``, ``top-1``."""
+    """As it stands in a sentence: ``caption → picture R@5``, ``top-1``."""
     for way, direction in DIRECTIONS.items():
         if metric.startswith(f"{way}_"):
-            return f"{direction} {metric_name(metric.removeprefix(f'{way}_'))}".replace(
+            return f"{direction.lower()} {metric_name(metric.removeprefix(f'{way}_'))}".replace(
                 " r", " R@", metric[-1].isdigit()
             )
     return metric_name(metric)
