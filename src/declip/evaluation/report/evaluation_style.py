@@ -9,7 +9,7 @@ h1 { overflow-wrap: anywhere } h1 b { white-space: normal }
 h3 small { color: var(--soft); font-weight: 400; margin-left: 4px }
 h4 { font-size: 14px; font-weight: 600; margin: 22px 0 12px }
 h4 .name, h3 .name { font-weight: inherit }
-.legend { font-weight: 400; margin-left: 14px } .legend .name { margin-right: 12px }
+.legend { font-weight: 400; margin-left: 14px } .legend .name { display: inline-block; margin-right: 12px }
 .legend .name::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 3px;
                         background: var(--c); margin-right: 6px }
 .note + h3, .note + .block > h3 { margin-top: 0 }
@@ -40,7 +40,8 @@ nav a:hover { border-color: var(--soft) }
 tr:not(.published) + .published > * { padding-top: 10px !important }
 .published sup { font-style: normal; font-size: 11px; line-height: 1 }
 tbody .published + .published > * { border-top-color: transparent }
-.overview { margin-bottom: 20px }
+.overview { margin-bottom: 20px } .overview td { position: relative }
+.mark { position: absolute; right: 9px; font-size: 11px; font-style: normal; line-height: 1.4 }
 .footnotes { color: var(--soft); font-size: 13px; margin-top: 12px; max-width: 62em; text-wrap: pretty }
 .footnotes span { white-space: normal; margin-right: 6px } .footnotes sup { line-height: 1 }
 
@@ -125,6 +126,9 @@ tbody .published + .published > * { border-top-color: transparent }
   .figures th[scope=row] { min-width: 110px; max-width: 140px }
   .figures th:first-child, .figures td:first-child { padding-left: 16px }
   .figures .set span { left: 16px }
+  .figures tbody th[scope=row], .figures thead th:first-child { position: sticky; left: 0; z-index: 1;
+                                                               background: var(--card) }
+  .legend { display: block; margin: 6px 0 0 }
 }
 @media print {
   nav { display: none }

@@ -17,8 +17,9 @@ from declip.evaluation.report.judgements import (
     main_metric,
     named_metric,
     place,
+    source_numbers,
 )
-from declip.evaluation.report.overview import overview
+from declip.evaluation.report.overview import overview, side_by_side
 from declip.evaluation.report.parts import DIRECTIONS, RETRIEVAL, cut, words
 
 _MARKS = {
@@ -32,7 +33,11 @@ def figures(models: Models, results: Sequence[Judged], published: Sequence[Publi
     for task, own in grouped(results, lambda judged: judged.task).items():
         sets = {judged.data for judged in own}
         beside = [row for row in published if row.task == task and row.data in sets]
-        tables = overview(models, own, beside) + _table(models, task, own, beside)
+        across = side_by_side(own, beside)
+        sources = list(dict.fromkeys(row.source for row in beside))
+        tables = overview(models, own, across, sources)
+        tables += _table(models, task, own, [row for row in beside if row not in across], sources)
+        tables += _footnotes(beside, sources)
         parts.append(f"<h3>{escape(_title(task))}</h3>{tables}{_shots(models, task, own)}")
     note = "In percent but for ranks, 1 being best. Beneath each figure stands its 95&nbsp;% interval"
     note += ", and the best of a set is bold." if len(models.names) > 1 else "."
@@ -86,9 +91,11 @@ def _numbers(shots: Iterable[object]) -> list[object]:
     return sorted(set(shots), key=lambda count: (not isinstance(count, int), count if isinstance(count, int) else 0))
 
 
-def _table(models: Models, task: str, results: Sequence[Judged], published: Sequence[Published]) -> str:
+def _table(
+    models: Models, task: str, results: Sequence[Judged], published: Sequence[Published], sources: Sequence[str]
+) -> str:
+    """A part for each set: our rows, then the published ones."""
     columns = _columns(results)
-    sources = list(dict.fromkeys(row.source for row in published))
     bodies = []
     for data, own in grouped(results, lambda judged: judged.data).items():
         rows = [_set_row(data, own, len(columns))]
@@ -96,7 +103,7 @@ def _table(models: Models, task: str, results: Sequence[Judged], published: Sequ
         rows += [_published(row, columns, sources) for row in published if row.data == data]
         bodies.append(f"<tbody>{''.join(rows)}</tbody>")
     region = f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(task)}"><table class="figures">'
-    return f"{region}{_head(columns)}{''.join(bodies)}</table></div>{_footnotes(published, sources)}"
+    return f"{region}{_head(columns)}{''.join(bodies)}</table></div>"
 
 
 def _rows(results: Sequence[Judged]) -> list[_Cells]:
@@ -179,7 +186,7 @@ def _bar(value: float, interval: tuple[float, float] | None) -> str:
 
 
 def _published(row: Published, columns: Sequence[_Column], sources: Sequence[str]) -> str:
-    note = f"<sup>{escape(row.mark)}&nbsp;{sources.index(row.source) + 1}</sup>"
+    note = f"<sup>{escape(row.mark)} {source_numbers([row.source], sources)}</sup>"
     values = [f"{row.metrics[column.metric]:.1f}" if column.metric in row.metrics else "–" for column in columns]
     cells = "".join(f'<td class="{column.kind}">{value}</td>' for column, value in zip(columns, values, strict=True))
     return f'<tr class="published"><th scope="row">{escape(row.model)} {note}</th>{cells}</tr>'

@@ -108,6 +108,11 @@ def table(heads: Iterable[str], rows: Iterable[str]) -> str:
     )
 
 
+def source_numbers(found: Iterable[str], sources: Sequence[str]) -> str:
+    """The numbers of the footnotes that name these sources."""
+    return " ".join(str(number) for number in sorted({sources.index(source) + 1 for source in found}))
+
+
 def picture(image: bytes, said: str) -> str:
     """A thumbnail, or an empty box where the image cannot be read; `said` is plain text."""
     uri = data_uri(image, _INLINE_BYTES, _THUMBNAIL)
