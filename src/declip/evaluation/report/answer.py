@@ -197,7 +197,8 @@ def _comparison(models: Models, comparison: Comparison, span: float) -> str:
         f'<div class="whisker {colour}" aria-hidden="true"><i style="left:{left:.1f}%;width:{right - left:.1f}%"></i>'
         f'<b style="left:{dot:.1f}%"></b></div>'
     )
-    where = f"{escape(comparison.data)} <small>{escape(comparison.task)}, {named_metric(comparison.metric)}</small>"
+    what = escape(f"{comparison.task}, {named_metric(comparison.metric)}")
+    where = f"{escape(comparison.data)} <small>{what}</small>"
     figures = f"{signed(comparison.difference)} ({signed(low)} to {signed(high)}), {chance(comparison.p)}"
     return f'<div class="duel"><p>{where}</p><p>{verdict} <small>{figures}</small></p>{bar}</div>'
 

@@ -39,7 +39,8 @@ def health(models: Models, details: Sequence[Details]) -> Section:
             cells = "".join(f'<td class="plain">{value}</td>' for value in values)
             name = escape(words(measure).capitalize())
             rows.append(f'<tr><th scope="row">{name}{_meaning(measure)}</th>{cells}</tr>')
-        parts.append(f'<div class="block health">{subheading(data, task)}{table(heads, rows)}</div>')
+        measures = table("Embeddings", heads, rows)
+        parts.append(f'<div class="block health">{subheading(data, task)}{measures}</div>')
     note = "How the embeddings lie on the sphere. These explain figures; they are no figures to be won."
     return Section("Embeddings", note, "".join(parts))
 

@@ -74,7 +74,7 @@ def _errors(models: Models, found: Sequence[tuple[str, Calibration]]) -> str:
         title = f'<th scope="row" class="name">{escape(name)}<small>{_tendency(measured)}</small></th>'
         rows.append(f'<tr class="{models.colour(name)}">{title}{cells}</tr>')
     return (
-        f"<div>{table(('Model', 'ECE', 'ECE after', 'Temperature'), rows)}"
+        f"<div>{table('Calibration errors', ('Model', 'ECE', 'ECE after', 'Temperature'), rows)}"
         '<p class="footnotes">After: with the logits divided by the temperature, which is fitted on one half of the'
         " images and judged on the other, both ways.</p></div>"
     )

@@ -76,7 +76,7 @@ def _page(
     header = f"""<p class="eyebrow">{escape(title)}</p>
 <h1>{headline(models, results, comparisons)}</h1>
 <p class="intro">{escape(_intro(results))}</p>
-{_warning(overlaps)}<nav>{links}</nav>"""
+{_warning(overlaps)}<nav aria-label="Sections">{links}</nav>"""
     body = "\n".join([*(section.html() for section in shown), setup(facts)])
     return page(title, header, body, STYLE)
 

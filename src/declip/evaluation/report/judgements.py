@@ -43,9 +43,9 @@ class Models:
     def colour(self, name: str) -> str:
         return colour_class(self.names.index(name))
 
-    def named(self, name: str, tag: str = "span") -> str:
+    def named(self, name: str) -> str:
         """The name in its colour."""
-        return f'<{tag} class="name {self.colour(name)}">{escape(name)}</{tag}>'
+        return f'<span class="name {self.colour(name)}">{escape(name)}</span>'
 
     def legend(self, names: Iterable[str]) -> str:
         """Whose colours are which; of one model on a page, nothing."""
@@ -99,11 +99,11 @@ def subheading(data: str, task: str, legend: str = "") -> str:
     return f"<h3>{escape(data)} <small>{escape(task)}</small>{legend}</h3>"
 
 
-def table(heads: Iterable[str], rows: Iterable[str]) -> str:
-    """A card with a table; heads are HTML, rows whole."""
+def table(label: str, heads: Iterable[str], rows: Iterable[str]) -> str:
+    """A card with a table; heads are HTML, rows whole; the label is for those who hear the page."""
     head = "".join(f'<th scope="col">{title}</th>' for title in heads)
     return (
-        '<div class="card scroll" tabindex="0"><table class="figures">'
+        f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(label)}"><table class="figures">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

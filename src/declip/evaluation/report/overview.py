@@ -47,7 +47,8 @@ def overview(models: Models, results: Sequence[Judged], published: Sequence[Publ
         note = source_numbers((row.source for row in own), sources)
         title = f'<th scope="row">{escape(name)} <sup>{note}</sup></th>'
         rows.append(f'<tr class="published">{title}{_cells(values, sets, [], marks)}</tr>')
-    return f'<div class="overview">{table((named_metric(metric), *map(escape, sets), "mean"), rows)}</div>'
+    heads = (escape(named_metric(metric)), *map(escape, sets), "mean")
+    return f'<div class="overview">{table("Sets side by side", heads, rows)}</div>'
 
 
 def _wanted(results: Sequence[Judged]) -> bool:
