@@ -165,29 +165,29 @@ def test_a_page_needs_a_result_and_survives_half_a_character(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("results", "comparisons", "sentence"),
     [
-        ([judged()], [], "DeCLIP names (zero-shot) 60.0% of pictures right on cifar10."),
+        ([judged()], [], "DeCLIP names 60.0% of pictures right (zero-shot) on cifar10."),
         (
             [judged(), judged(value=40.0, data="dtd"), retrieval()],
             [],
-            "DeCLIP names (zero-shot) 50.0% of pictures right on average over 2 sets, and puts the right picture first "
+            "DeCLIP names 50.0% of pictures right (zero-shot) on average over 2 sets, and puts the right picture first "
             "for 31.0% of captions on flickr30k.",
         ),
         (
             [judged(A, 55.0), judged()],
             [against(5.0, 0.0004)],
-            "DeCLIP is ahead of CLIP: it names (zero-shot) 60.0% of pictures right on cifar10, CLIP 55.0%, a "
+            "DeCLIP is ahead of CLIP: it names 60.0% of pictures right (zero-shot) on cifar10, CLIP 55.0%, a "
             "difference of 5.0 points (p < 0.001).",
         ),
         (
             [judged(A, 59.0), judged()],
             [against(1.0, 0.31)],
-            "DeCLIP and CLIP cannot be told apart: DeCLIP names (zero-shot) 60.0% of pictures right on cifar10, CLIP "
+            "DeCLIP and CLIP cannot be told apart: DeCLIP names 60.0% of pictures right (zero-shot) on cifar10, CLIP "
             "59.0% (p = 0.31).",
         ),
         (
             [judged(A, 59.0), judged()],
             [],
-            "DeCLIP names (zero-shot) 60.0% of pictures right on cifar10, CLIP 59.0%: whether that is more than chance "
+            "DeCLIP names 60.0% of pictures right (zero-shot) on cifar10, CLIP 59.0%: whether that is more than chance "
             "was not tested.",
         ),
         (

@@ -56,7 +56,7 @@ def _reached(models: Models, places: Sequence[Sequence[Judged]]) -> str:
         metric = main_metric(judged) or ""
         value = sum(each.metrics[metric] for each in judged) / len(judged)
         where = f" on {escape(judged[0].data)}" if len(judged) == 1 else f" on average over {len(judged)} sets"
-        said.append(f"{_does(judged[0].task, metric)} {_figure(models, name, metric, value)}{_of(metric)}{where}")
+        said.append(f"{_does(metric)} {_figure(models, name, metric, value)}{_of(judged[0].task, metric)}{where}")
     return f"{_bold(models, name)} {', and '.join(said)}."
 
 
@@ -66,8 +66,8 @@ def _duel(models: Models, found: Sequence[Judged], comparisons: Sequence[Compari
     values = [judged.metrics[metric] for judged in (first, second)]
     names = [_bold(models, judged.model) for judged in (first, second)]
     figures = [_figure(models, judged.model, metric, value) for judged, value in zip(found, values, strict=False)]
-    where = f"{_of(metric)} on {escape(first.data)}"
-    does = _does(first.task, metric)
+    where = f"{_of(first.task, metric)} on {escape(first.data)}"
+    does = _does(metric)
     comparison = _between(first, second, metric, comparisons)
     if comparison is None:
         return (
@@ -133,15 +133,13 @@ def _between(first: Judged, second: Judged, metric: str, comparisons: Sequence[C
     return found[0] if len(found) == 1 else None
 
 
-def _does(task: str, metric: str) -> str:
-    if metric == "text_to_image_r1":
-        return "puts the right picture first for"
-    return f"names ({escape(task)})" if metric == "top1" else "reaches"
+def _does(metric: str) -> str:
+    return {"text_to_image_r1": "puts the right picture first for", "top1": "names"}.get(metric, "reaches")
 
 
-def _of(metric: str) -> str:
-    named = {"text_to_image_r1": " of captions", "top1": " of pictures right"}
-    return named.get(metric, f" in {escape(named_metric(metric))}")
+def _of(task: str, metric: str) -> str:
+    named = {"text_to_image_r1": " of captions", "top1": f" of pictures right ({task})"}
+    return escape(named.get(metric, f" in {named_metric(metric)} ({task})"))
 
 
 def _figure(models: Models, name: str, metric: str, value: float) -> str:

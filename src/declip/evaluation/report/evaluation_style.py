@@ -125,7 +125,7 @@ tbody .published + .published > * { border-top-color: transparent }
   .examples { gap: 12px; grid-template-columns: repeat(3, minmax(0, 1fr)) }
   .figures th[scope=row] { min-width: 110px; max-width: 140px }
   .figures th:first-child, .figures td:first-child { padding-left: 16px }
-  .figures .set span { left: 16px }
+  .figures .set span { left: 16px; display: inline-block; max-width: calc(100vw - 66px) } .mark { right: 4px }
   .figures tbody th[scope=row], .figures thead th:first-child { position: sticky; left: 0; z-index: 1;
                                                                background: var(--card) }
   .legend { display: block; margin: 6px 0 0 }
