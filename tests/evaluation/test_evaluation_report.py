@@ -184,6 +184,12 @@ def test_a_page_needs_a_result_and_survives_half_a_character(tmp_path: Path) -> 
             "DeCLIP and CLIP cannot be told apart: DeCLIP names 60.0% of pictures right (zero-shot) on cifar10, CLIP "
             "59.0% (p = 0.31).",
         ),
+        (  # the same model twice is no contest, and a comparison that says otherwise is none in favour
+            [judged(A, 59.0), judged(), judged(value=59.5, settings={"templates": "simple"})],
+            [against(-1.0)],
+            "DeCLIP names 60.0% of pictures right (zero-shot) on cifar10, CLIP 59.0%, but where both were asked the "
+            "same, CLIP is ahead (p < 0.001).",
+        ),
         (
             [judged(A, 59.0), judged()],
             [],

@@ -34,14 +34,14 @@ def headline(models: Models, results: Sequence[Judged], comparisons: Sequence[Co
 
 
 def _places(results: Sequence[Judged]) -> list[list[Judged]]:
-    """Figures with a main metric by task and set, best first; of several numbers of shots, the last."""
+    """Each model's best main figure by task and set, best first; of several numbers of shots, of the last."""
     found = {}
     for (task, data, _), own in grouped(results, place).items():
         metric = main_metric(own)
         rated = [judged for judged in own if metric in judged.metrics]
         if metric and rated:
             best_first = sorted(rated, key=lambda judged: judged.metrics[metric], reverse=not lower_is_better(metric))
-            found[task, data] = best_first
+            found[task, data] = [same[0] for same in grouped(best_first, lambda judged: judged.model).values()]
     return list(found.values())
 
 
@@ -63,27 +63,18 @@ def _reached(models: Models, places: Sequence[Sequence[Judged]]) -> str:
 def _duel(models: Models, found: Sequence[Judged], comparisons: Sequence[Comparison]) -> str:
     first, second = found[:2]
     metric = main_metric(found) or ""
-    values = [judged.metrics[metric] for judged in (first, second)]
-    names = [_bold(models, judged.model) for judged in (first, second)]
-    figures = [_figure(models, judged.model, metric, value) for judged, value in zip(found, values, strict=False)]
-    where = f"{_of(first.task, metric)} on {escape(first.data)}"
-    does = _does(metric)
+    leader, other = (_bold(models, judged.model) for judged in (first, second))
+    figure, reference = (_figure(models, judged.model, metric, judged.metrics[metric]) for judged in (first, second))
+    figures = f"{_does(metric)} {figure}{_of(first.task, metric)} on {escape(first.data)}, {other} {reference}"
     comparison = _between(first, second, metric, comparisons)
     if comparison is None:
-        return (
-            f"{names[0]} {does} {figures[0]}{where}, {names[1]} {figures[1]}: whether that is more than chance was"
-            " not tested."
-        )
+        return f"{leader} {figures}: whether that is more than chance was not tested."
     if comparison.p >= SIGNIFICANT:
-        return (
-            f"{names[0]} and {names[1]} cannot be told apart: {names[0]} {does} {figures[0]}{where}, {names[1]}"
-            f" {figures[1]} ({chance(comparison.p)})."
-        )
+        return f"{leader} and {other} cannot be told apart: {leader} {figures} ({chance(comparison.p)})."
+    if not _shows(comparison, first.model):
+        return f"{leader} {figures}, but where both were asked the same, {other} is ahead ({chance(comparison.p)})."
     gap = f"{abs(comparison.difference):.1f}&nbsp;{_unit(metric)}"
-    return (
-        f"{names[0]} is ahead of {names[1]}: it {does} {figures[0]}{where}, {names[1]} {figures[1]}, a difference of"
-        f" {gap} ({chance(comparison.p)})."
-    )
+    return f"{leader} is ahead of {other}: it {figures}, a difference of {gap} ({chance(comparison.p)})."
 
 
 def _tally(models: Models, contests: Sequence[Sequence[Judged]], comparisons: Sequence[Comparison]) -> str:
@@ -99,7 +90,7 @@ def _tally(models: Models, contests: Sequence[Sequence[Judged]], comparisons: Se
         comparison = _between(first, second, metric, comparisons)
         if comparison is None and first.metrics[metric] != second.metrics[metric]:
             untested.setdefault(first.model, []).append(where)
-        elif comparison is None or comparison.p >= SIGNIFICANT:
+        elif comparison is None or not _shows(comparison, first.model):
             close.append(where)
         else:
             ahead.setdefault(first.model, []).append(where)
@@ -131,6 +122,18 @@ def _between(first: Judged, second: Judged, metric: str, comparisons: Sequence[C
         and (comparison.data, comparison.task, comparison.metric) == (first.data, first.task, metric)
     ]
     return found[0] if len(found) == 1 else None
+
+
+def _shows(comparison: Comparison, model: str) -> bool:
+    """Whether the model is the better one of the two by more than chance."""
+    return comparison.p < SIGNIFICANT and _higher(comparison) == model
+
+
+def _higher(comparison: Comparison) -> str | None:
+    """Who has the better figure, by chance or not; None of equal ones."""
+    if not comparison.difference:
+        return None
+    return comparison.models[(comparison.difference < 0) != lower_is_better(comparison.metric)]
 
 
 def _does(metric: str) -> str:
@@ -181,7 +184,7 @@ def compared(models: Models, comparisons: Sequence[Comparison]) -> Section:
 def _comparison(models: Models, comparison: Comparison, span: float) -> str:
     """One difference in words and as a bar; to the right is always better for the first model."""
     higher = _higher(comparison)
-    significant = higher is not None and comparison.p < SIGNIFICANT
+    significant = higher is not None and _shows(comparison, higher)
     gap = f"{abs(comparison.difference):.1f}&nbsp;{_unit(comparison.metric)}"
     colour = models.colour(higher) if higher and significant else "level"
     verdict = f"{models.named(higher)} is {gap} ahead" if higher else "No difference"
@@ -199,10 +202,3 @@ def _comparison(models: Models, comparison: Comparison, span: float) -> str:
     where = f"{escape(comparison.data)} <small>{what}</small>"
     figures = f"{signed(comparison.difference)} ({signed(low)} to {signed(high)}), {chance(comparison.p)}"
     return f'<div class="duel"><p>{where}</p><p>{verdict} <small>{figures}</small></p>{bar}</div>'
-
-
-def _higher(comparison: Comparison) -> str | None:
-    """Who has the better figure, by chance or not; None of equal ones."""
-    if not comparison.difference:
-        return None
-    return comparison.models[(comparison.difference < 0) != lower_is_better(comparison.metric)]

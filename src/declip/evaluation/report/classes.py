@@ -24,7 +24,9 @@ def classes(models: Models, details: Sequence[Details]) -> Section:
         body += _pictures(models, own, "Most confident mistakes", "worst")
         body += _pictures(models, own, "Most confident right answers", "best")
         if body:
-            parts.append(f'<div class="block">{subheading(data, task)}{body}</div>')
+            parts.append(
+                f'<div class="block">{subheading(data, task, models.legend(each.model for each in own))}{body}</div>'
+            )
     note = "Which classes a model knows, what it takes for what, and the pictures it was surest of."
     return Section("Class by class", note, "".join(parts))
 
@@ -46,14 +48,11 @@ def _accuracies(models: Models, details: Sequence[Details]) -> str:
             for name in names
         )
 
-    legend = models.legend(scores)
     if len(order) <= _ALL_CLASSES:
-        title = f"Accuracy of each class, in percent{legend}"
+        title = "Accuracy of each class, in percent"
         return f'<div class="card classes"><h4>{title}</h4><div class="columns">{rows(order)}</div></div>'
     ends = ((f"The {_ENDS} best of {len(order):,} classes", order[:_ENDS]), (f"The {_ENDS} worst", order[-_ENDS:]))
-    cards = (
-        f'<div class="card classes"><h4>{title}, in percent{legend}</h4>{rows(names)}</div>' for title, names in ends
-    )
+    cards = (f'<div class="card classes"><h4>{title}, in percent</h4>{rows(names)}</div>' for title, names in ends)
     return f'<div class="pair">{"".join(cards)}</div>'
 
 

@@ -93,10 +93,14 @@ def _intro(results: Sequence[Judged]) -> str:
 
 
 def _warning(overlaps: Sequence[Overlap]) -> str:
-    sets = list(dict.fromkeys(overlap.data for overlap in overlaps if leaked(overlap)))
-    if not sets:
+    leaking = [overlap for overlap in overlaps if leaked(overlap)]
+    if not leaking:
         return ""
+    sets, models = (
+        escape(", ".join(dict.fromkeys(found)))
+        for found in ((overlap.data for overlap in leaking), (overlap.model for overlap in leaking))
+    )
     return (
-        f'<p class="warning">Images of {escape(", ".join(sets))} were among the training images:'
+        f'<p class="warning">Images of {sets} were among the training images of {models}:'
         ' see the <a href="#leak-check">leak check</a>.</p>\n'
     )

@@ -133,7 +133,11 @@ tbody .published + .published > * { border-top-color: transparent }
 @media print {
   nav { display: none }
   .duel, .class, .card, figure, .found { break-inside: avoid }
-  .scroll { overflow: visible } th, td { padding-left: 8px; padding-right: 8px }
+  .scroll { overflow: visible } table { font-size: 12px } .figures small, .interval { font-size: 10px }
+  .figures :is(th, td) { padding-left: 5px; padding-right: 5px } td .value { min-width: 0 } .mark { right: -2px }
+  .figures th[scope=row] { min-width: 90px } .figures .published :is(th, td) { font-size: 11px }
+  .published sup { font-size: 8px } .figures :is(th, td):first-child { padding-left: 14px }
+  .figures :is(th, td):last-child { padding-right: 14px }
   .bar i, .bar u, .whisker, .whisker i, .whisker b, .set th, .right, .right::after { print-color-adjust: exact }
 }
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from declip.evaluation.details import Published
-from declip.evaluation.judged import Judged, metric_name
+from declip.evaluation.judged import Judged
 from declip.evaluation.report.charts import Line, line_chart
 from declip.evaluation.report.judgements import (
     Models,
@@ -18,9 +18,10 @@ from declip.evaluation.report.judgements import (
     named_metric,
     place,
     source_numbers,
+    split_metric,
 )
 from declip.evaluation.report.overview import overview, side_by_side
-from declip.evaluation.report.parts import DIRECTIONS, RETRIEVAL, cut, words
+from declip.evaluation.report.parts import RETRIEVAL, cut, words
 
 _MARKS = {
     "†": "third party: not read in a page or paper by the authors of the figure, or inferred",
@@ -78,10 +79,7 @@ def _columns(results: Sequence[Judged]) -> list[_Column]:
         if len(shots) > 1:
             found += [_Column(metric, count, f"{named_metric(metric)}, by shots", str(count)) for count in shots]
             continue
-        way = next((way for way in DIRECTIONS if metric.startswith(way)), "")
-        recall = RETRIEVAL.fullmatch(metric)
-        title = f"R@{recall[2]}" if recall else words(metric.removeprefix(way)) if way else metric_name(metric)
-        found.append(_Column(metric, shots[0], DIRECTIONS.get(way, ""), title))
+        found.append(_Column(metric, shots[0], *split_metric(metric)))
     groups = grouped(found, lambda column: column.group).values()
     return [replace(column, start=number == 0) for group in groups for number, column in enumerate(group)]
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from declip.evaluation.judged import Judged, metric_name
 from declip.evaluation.report.charts import colour_class
-from declip.evaluation.report.parts import DIRECTIONS, data_uri
+from declip.evaluation.report.parts import DIRECTIONS, RETRIEVAL, data_uri, words
 
 _INLINE_BYTES, _THUMBNAIL = 8_000, 160  # a page has hundreds of pictures, each about 100 pixels wide
 
@@ -85,14 +85,19 @@ def signed(number: float) -> str:
     return f"{number:+.1f}".replace("-", "−")
 
 
-def named_metric(metric: str) -> str:
-    """As it stands in a sentence: ``caption → picture R@5``, ``top-1``."""
+def split_metric(metric: str) -> tuple[str, str]:
+    """The direction of retrieval, if any, and the rest: (``Caption → picture``, ``R@5``), (``""``, ``top-1``)."""
     for way, direction in DIRECTIONS.items():
         if metric.startswith(f"{way}_"):
-            return f"{direction.lower()} {metric_name(metric.removeprefix(f'{way}_'))}".replace(
-                " r", " R@", metric[-1].isdigit()
-            )
-    return metric_name(metric)
+            recall = RETRIEVAL.fullmatch(metric)
+            return direction, f"R@{recall[2]}" if recall else words(metric.removeprefix(way))
+    return "", metric_name(metric)
+
+
+def named_metric(metric: str) -> str:
+    """As it stands in a sentence: ``caption → picture R@5``, ``top-1``."""
+    direction, rest = split_metric(metric)
+    return f"{direction.lower()} {rest}".strip()
 
 
 def subheading(data: str, task: str, legend: str = "") -> str:
