@@ -40,7 +40,7 @@ def health(models: Models, details: Sequence[Details]) -> Section:
             name = escape(words(measure).capitalize())
             rows.append(f'<tr><th scope="row">{name}{_meaning(measure)}</th>{cells}</tr>')
         measures = table("Embeddings", heads, rows)
-        parts.append(f'<div class="block health">{subheading(data, task)}{measures}</div>')
+        parts.append(f'<div class="block">{subheading(data, task)}{measures}</div>')
     note = "How the embeddings lie on the sphere. These explain figures; they are no figures to be won."
     return Section("Embeddings", note, "".join(parts))
 
@@ -63,7 +63,7 @@ def _number(value: float) -> str:
 def leaks(models: Models, overlaps: Sequence[Overlap]) -> Section:
     items = "".join(_leak(models, overlap) for overlap in overlaps)
     note = "Whether images of the sets are among those that the models were trained on, where these are known."
-    return Section("Leak check", note if items else "", f'<ul class="card checks">{items}</ul>' if items else "")
+    return Section("Leak check", note, f'<ul class="card checks">{items}</ul>' if items else "")
 
 
 def leaked(overlap: Overlap) -> int:
