@@ -14,7 +14,7 @@ from declip.pairs import Data
 from declip.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from declip.evaluation.report import ModelResult, Query
+    from declip.evaluation.report.training import ModelResult, Query
 
 TRAIN, TEST = ["demo:noto", "demo:twemoji"], "demo:fluent3d"
 NAMES = {"clip": "CLIP", "declip": "DeCLIP"}
@@ -58,7 +58,7 @@ def run_demo(out: str | Path, minutes: float = 10.0, quiet: bool = False) -> dic
     from rich.console import Console
 
     from declip.evaluation import evaluate
-    from declip.evaluation.report import ModelResult
+    from declip.evaluation.report.training import ModelResult
     from declip.model.pretrained import load
     from declip.training.logging import read_metrics
     from declip.training.loop import train
@@ -104,7 +104,7 @@ def run_demo(out: str | Path, minutes: float = 10.0, quiet: bool = False) -> dic
 def find_pictures(models: dict[str, Any], queries: list[str] = QUERIES, top: int = 5) -> list[Query]:
     """For each query the `top` unseen pictures of each model; right where name and keywords hold every word of it."""
     from declip.data.decode import decode_image
-    from declip.evaluation.report import Hit, Query
+    from declip.evaluation.report.training import Hit, Query
 
     source = open_sources([TEST], Data())
     pairs = [source[index] for index in range(len(source))]
@@ -130,7 +130,7 @@ def matches(query: str, captions: tuple[str, ...]) -> bool:
 
 
 def _write_report(path: Path, recipe: Recipe, results: list[ModelResult], queries: list[Query]) -> None:
-    from declip.evaluation.report import write_report
+    from declip.evaluation.report.training import write_report
 
     image, text = recipe.model.image, recipe.model.text
     facts = [

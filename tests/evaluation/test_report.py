@@ -4,20 +4,16 @@ import io
 import itertools
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import NASTY, Page
 from PIL import Image
 
-from declip.evaluation import charts
-from declip.evaluation.report import Hit, ModelResult, Query, write_report
-from declip.evaluation.report_sections import duration, headline
-
-VOID = {"meta", "img", "br", "link", "hr", "input"}
-LEAVES = {"path", "circle"}
-NASTY = "<script>alert(\"x\")</script> & 'quoted'"
+from declip.evaluation.report import charts
+from declip.evaluation.report.training import Hit, ModelResult, Query, write_report
+from declip.evaluation.report.training_sections import duration, headline
 
 
 def picture(size: int = 8, kind: str = "WEBP") -> bytes:
@@ -51,41 +47,6 @@ def model(name: str = "DeCLIP", r1: float = 23.4, back: float = 20.0, **changes:
     return ModelResult(**{**values, "peak_memory_gb": 1.25, "history": history(), **changes})
 
 
-class Page(HTMLParser):
-    """Parses strictly enough: every element is closed in order, and what was met is kept."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag in LEAVES
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).split())
-
-    def all(self, tag: str, kind: str | None = None) -> list[dict[str, str | None]]:
-        return [a for t, a in self.tags if t == tag and (kind is None or kind in (a.get("class") or "").split())]
-
-
 def report(folder: Path, models: list[ModelResult], queries: list[Query] | None = None, **texts: Any) -> Page:
     values = {"title": "Title", "intro": "Intro.", "facts": [("Training pairs", "3,812")], **texts}
     write_report(folder / "report.html", models=models, queries=queries or [], **values)
@@ -109,14 +70,7 @@ def hits(*right: bool) -> list[Hit]:
 def test_a_page_fetches_nothing(tmp_path: Path) -> None:
     query = Query("a red heart", {"CLIP": hits(True, False), "DeCLIP": hits(True, True)})
     page = report(tmp_path, two_models(), [query], commands=[("Search", "declip search")])
-    for _, attributes in page.tags:
-        for name in ("src", "href", "xlink:href", "srcset", "action", "data"):
-            assert (attributes.get(name) or "data:").startswith("data:")
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", text)
-    assert "default-src 'none'" in text
-    assert all(attributes.get("alt") for attributes in page.all("img"))
-    assert all(attributes.get("aria-label") for attributes in page.all("svg"))
+    page.check_that_it_fetches_nothing()
 
 
 def test_every_text_is_escaped(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from PIL import Image
 from declip.curation.findings import Finding, counted
 from declip.data.decode import decode_image
 from declip.data.sources import BrokenPair, Source
-from declip.evaluation.charts import compact
-from declip.evaluation.report_style import page
+from declip.evaluation.report.charts import compact
+from declip.evaluation.report.parts import cut
+from declip.evaluation.report.style import page
 from declip.files import write_atomically
 
 SAMPLES = 24
 _THUMBNAIL = 180  # pixels
-_LONGEST = 160  # characters of a caption under a picture
 
 _STYLE = """
 .findings { list-style: none; padding: 0 }
@@ -111,7 +111,7 @@ def _findings(findings: Sequence[Finding]) -> str:
         if finding.severity == "fine":
             continue
         advice = f'<p class="advice">{_code(finding.advice)}</p>' if finding.advice else ""
-        places = "".join(f"<li>{escape(_cut(example))}</li>" for example in finding.examples)
+        places = "".join(f"<li>{escape(cut(example))}</li>" for example in finding.examples)
         first = f"<details><summary>The first places</summary><ul>{places}</ul></details>" if places else ""
         items.append(
             f'<li><span class="badge {finding.severity}">{finding.severity}</span>'
@@ -154,7 +154,7 @@ def _sheets(findings: Sequence[Finding], source: Source, test: Source | None) ->
         for shown in finding.shown:
             places = [source, other][: len(shown)]
             looks = "".join(_picture(part, index) for part, index in zip(places, shown, strict=True))
-            below = " — ".join(_cut(_text(part, index), 70) for part, index in zip(places, shown, strict=True))
+            below = " — ".join(cut(_text(part, index), 70) for part, index in zip(places, shown, strict=True))
             box = f'<div class="row">{looks}</div>' if len(shown) > 1 else looks
             figures.append(f"<figure>{box}<figcaption>{escape(below)}</figcaption></figure>")
         wide = " wide" if len(finding.shown[0]) > 1 else ""
@@ -166,7 +166,7 @@ def _repeated(captions: Sequence[dict[str, Any]]) -> str:
     if not captions:
         return ""
     rows = "".join(
-        f'<tr><td class="text">{escape(_cut(row["caption"]))}</td><td class="plain count">{row["pairs"]:,}</td></tr>'
+        f'<tr><td class="text">{escape(cut(row["caption"]))}</td><td class="plain count">{row["pairs"]:,}</td></tr>'
         for row in captions
     )
     return (
@@ -180,14 +180,10 @@ def _samples(source: Source, whole: Any) -> str:
         return ""
     drawn = np.random.default_rng(0).choice(whole, min(SAMPLES, len(whole)), replace=False)
     figures = "".join(
-        f"<figure>{_picture(source, index)}<figcaption>{escape(_cut(_text(source, index)))}</figcaption></figure>"
+        f"<figure>{_picture(source, index)}<figcaption>{escape(cut(_text(source, index)))}</figcaption></figure>"
         for index in drawn.tolist()
     )
     return f'<section><h2>Drawn at random</h2><div class="card sheet spaced">{figures}</div></section>'
-
-
-def _cut(text: str, longest: int = _LONGEST) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _text(source: Source, index: int) -> str:

@@ -52,9 +52,9 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What retrieval brought for one query, best first. Of texts, `image` is the query's; of images, each hit's.
+    """What retrieval brought for one query, best first: images for a caption, captions for an image.
 
-    rank: of the right one, 1 is best
+    right: of each hit, whether it belongs to the query; rank: of the first that does, 1 is best
     """
 
     query: str | bytes  # a caption, or an encoded image

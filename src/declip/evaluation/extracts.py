@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -113,7 +114,8 @@ def show_health(
     if texts is None or image_of_text is None:
         details.health = {"image_uniformity": uniformity(images), "image_effective_rank": effective_rank(images)}
     else:
-        details.health = embedding_health(images, texts, image_of_text)
+        health = embedding_health(images, texts, image_of_text)
+        details.health = {name: value for name, value in health.items() if math.isfinite(value)}
 
 
 def logit_scale(model: Encoder) -> float:

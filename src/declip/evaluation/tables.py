@@ -78,9 +78,9 @@ def _by_task(results: Sequence[Judged], intervals: bool = True) -> list[tuple[st
 
 
 def _row(judged: Judged, of_task: Sequence[Judged], metrics: Sequence[str], intervals: bool) -> _Row:
-    rivals = [other for other in of_task if (other.data, other.settings) == (judged.data, judged.settings)]
-    settings = ", ".join(f"{name} {value}" for name, value in judged.settings.items() if name == "shots")
-    cells = [judged.data + (f" ({settings})" if settings else ""), judged.model, f"{judged.items:,}"]
+    shots = judged.settings.get("shots")
+    rivals = [other for other in of_task if (other.data, other.settings.get("shots")) == (judged.data, shots)]
+    cells = [judged.data + (f" ({shots} a class)" if shots else ""), judged.model, f"{judged.items:,}"]
     best = set()
     for metric in metrics:
         if metric not in judged.metrics:
@@ -94,8 +94,10 @@ def _row(judged: Judged, of_task: Sequence[Judged], metrics: Sequence[str], inte
 
 
 def shown(judged: Judged, metric: str, interval: bool = True) -> str:
-    """``33.4 (31.2–35.6)``."""
+    """``33.4 (31.2–35.6)``, or ``33.4 ± 1.2`` with a deviation over seeds."""
     value = f"{judged.metrics[metric]:.1f}"
+    if metric == "top1" and "top1_deviation" in judged.settings:
+        return f"{value} ± {judged.settings['top1_deviation']:.1f}"
     if not interval or metric not in judged.intervals:
         return value
     low, high = judged.intervals[metric]

@@ -11,8 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from declip.evaluation.charts import Line, Points, compact, finite_points, line_chart, scientific, thin
-from declip.evaluation.report_sections import (
+from declip.evaluation.report.charts import Line, Points, compact, finite_points, line_chart, scientific, thin
+from declip.evaluation.report.parts import setup, words
+from declip.evaluation.report.style import page
+from declip.evaluation.report.training_sections import (
     Hit,
     ModelResult,
     Query,
@@ -21,9 +23,7 @@ from declip.evaluation.report_sections import (
     headline,
     pictures,
     results,
-    words,
 )
-from declip.evaluation.report_style import page
 from declip.files import write_atomically
 
 __all__ = ["Hit", "ModelResult", "Query", "write_report"]
@@ -75,7 +75,7 @@ def _page(
     facts: Sequence[tuple[str, str]],
     commands: Sequence[tuple[str, str]],
 ) -> str:
-    sections = [results(models), pictures(models, queries), _training(models), _cost(models), _facts(facts)]
+    sections = [results(models), pictures(models, queries), _training(models), _cost(models), setup(facts)]
     body = "\n".join(filter(None, [*sections, _commands(commands)]))
     header = f"""<p class="eyebrow">{escape(title)}</p>
 <h1>{headline(models)}</h1>
@@ -160,13 +160,6 @@ def _cost(models: Sequence[ModelResult]) -> str:
         '<section><h2>What it took</h2><div class="card scroll spaced" tabindex="0" role="region" aria-label="Cost">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
-
-
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
-    if not facts:
-        return ""
-    items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    return f'<section><h2>Setup</h2><dl class="card spaced">{items}</dl></section>'
 
 
 def _commands(commands: Sequence[tuple[str, str]]) -> str:

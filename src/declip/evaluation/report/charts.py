@@ -1,6 +1,6 @@
 """Small line charts as inline SVG, drawn without a plotting library.
 
-A chart is a string of HTML that needs the page's style sheet (``report_style.CSS``) and nothing else. Colours are
+A chart is a string of HTML that needs the page's style sheet (``style.CSS``) and nothing else. Colours are
 given as numbers and resolved there, so that one drawing serves the light and the dark page.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TypeVar
@@ -129,29 +129,36 @@ def line_chart(
     from_zero: bool = False,
     number: Callable[[float], str] = significant,
     width: int = 500,
+    x_name: str = "pairs seen",
+    x_ticks: Sequence[tuple[float, str]] = (),
+    named: bool = True,
 ) -> str:
-    """A figure: title, note, and one line per model over pairs seen, each labelled at its end.
+    """A figure: title, note, and one line per model over pairs seen (or ``x_name``), each labelled at its end.
 
     ``noisy`` lines are drawn smoothed over a light line of the raw values; others get a dot per value while they are
-    few. ``x_max`` is the end of the x axis, shared by the charts of a page. A model without points still counts for
-    the layout. Returns "" when no line has a point.
+    few. ``x_max`` is the end of the x axis, shared by the charts of a page; ``x_ticks`` are (place, text) pairs, by
+    default round numbers; not ``named`` are lines whose colours the page explains. A model without points still counts
+    for the layout. Returns "" when no line has a point.
     """
     drawn = [(line, smooth(line.points) if noisy else line.points) for line in lines if line.points]
     if not drawn:
         return ""
     ends = [number(points[-1][1]) + unit for _, points in drawn]
     # On a page of one model no line needs its name beside it. Equal room makes the x axes of all charts equal.
-    labels = [(_short(line.name) if len(lines) > 1 else "", end) for (line, _), end in zip(drawn, ends, strict=True)]
-    longest = max(len(_short(line.name)) for line in lines) + 1 if len(lines) > 1 else 0
+    named = named and len(lines) > 1
+    labels = [(_short(line.name) if named else "", end) for (line, _), end in zip(drawn, ends, strict=True)]
+    longest = max(len(_short(line.name)) for line in lines) + 1 if named else 0
     right = 18 + 6.8 * (longest + max(6, *map(len, ends)))
     y_ticks = _y_ticks(drawn, noisy, from_zero)
     left = max(_LEFT, 14 + 6.2 * max(map(len, tick_labels(y_ticks))))
+    x_axis = x_ticks or [(tick, compact(tick)) for tick in ticks(0, x_max or 1.0)]
     frame = _Frame(left, width - right, x_max or 1.0, y_ticks[0], y_ticks[-1])
-    parts = [_grid(frame, y_ticks, unit)]
-    parts += [_drawing(frame, line, points, noisy) for line, points in drawn]
+    parts = [_grid(frame, y_ticks, unit, x_axis, x_name)]
+    places = {place: f"at {text} {x_name}" for place, text in x_ticks}
+    parts += [_drawing(frame, line, points, noisy, places) for line, points in drawn]
     parts.append(_end_labels(frame, drawn, labels))
     said = "; ".join(f"{line.name} ends at {end}" for (line, _), end in zip(drawn, ends, strict=True))
-    description = f"Line chart of {title.lower()} over pairs seen: {said}."
+    description = f"Line chart of {title.lower()} over {x_name}: {said}."
     return (
         f'<figure class="chart"><figcaption><strong>{escape(title)}</strong> <span>{escape(note)}</span></figcaption>'
         f'<svg viewBox="0 0 {width} {_HEIGHT}" role="img" aria-label="{escape(description)}">{"".join(parts)}</svg>'
@@ -207,23 +214,23 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     return [f"{value:.{decimals}f}".replace("-", "−") for value in values]
 
 
-def _grid(frame: _Frame, y_ticks: list[float], unit: str) -> str:
+def _grid(frame: _Frame, y_ticks: list[float], unit: str, x_ticks: Sequence[tuple[float, str]], x_name: str) -> str:
     parts = []
     for tick, text in zip(y_ticks, tick_labels(y_ticks), strict=True):
         y = frame.y(tick)
         kind = "axis" if tick == y_ticks[0] else "grid"
         parts.append(f'<path class="{kind}" d="M{frame.left:.1f} {y:.1f}H{frame.right:.1f}"/>')
         parts.append(f'<text x="{frame.left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(text + unit)}</text>')
-    for tick in ticks(0, frame.x_max):
+    for tick, text in x_ticks:
         if tick <= frame.x_max * 1.001:
             x = frame.x(tick)
-            parts.append(f'<text x="{x:.1f}" y="{frame.bottom + 17:.1f}" text-anchor="middle">{compact(tick)}</text>')
+            parts.append(f'<text x="{x:.1f}" y="{frame.bottom + 17:.1f}" text-anchor="middle">{escape(text)}</text>')
     middle = (frame.left + frame.right) / 2
-    parts.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 4}" text-anchor="middle">pairs seen</text>')
+    parts.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_name)}</text>')
     return "".join(parts)
 
 
-def _drawing(frame: _Frame, line: Line, points: Points, noisy: bool) -> str:
+def _drawing(frame: _Frame, line: Line, points: Points, noisy: bool, places: Mapping[float, str]) -> str:
     colour = colour_class(line.colour)
     # A seventh model and its successors share a colour with an earlier one: dashes keep them apart.
     dashes = ' stroke-dasharray="5 4"' if line.colour >= COLOURS else ""
@@ -236,7 +243,8 @@ def _drawing(frame: _Frame, line: Line, points: Points, noisy: bool) -> str:
     dots = kept if not noisy and len(kept) <= 30 else kept[-1:]
     for number, (x, y) in enumerate(dots, start=1):
         radius = 3.5 if number == len(dots) else 2.2
-        title = f"<title>{escape(line.name)}: {y:.4g} after {x:,.0f} pairs</title>"
+        where = places.get(x, f"after {x:,.0f} pairs")
+        title = f"<title>{escape(f'{line.name}: {y:.4g} {where}')}</title>"
         parts.append(
             f'<circle class="{colour}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="{radius}">{title}</circle>'
         )

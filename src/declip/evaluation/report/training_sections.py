@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from declip.evaluation.charts import colour_class
+from declip.evaluation.report.charts import colour_class
+from declip.evaluation.report.parts import DIRECTIONS, RETRIEVAL, data_uri, words
 
 HITS_SHOWN = 5
 ABOUT_LEVEL = 1.0  # points; on a few hundred test pairs, less than this is a matter of luck
-_DIRECTIONS = {"text_to_image": "Caption → picture", "image_to_text": "Picture → caption"}
-_RETRIEVAL = re.compile(r"(text_to_image|image_to_text)_r(\d+)")
-_INLINE_BYTES = 24_000  # an encoded picture up to this size goes into the page as it is
-_THUMBNAIL = 224  # pixels; larger pictures are made this small
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +125,10 @@ def results(models: Sequence[ModelResult]) -> str:
     for key in dict.fromkeys(key for model in models for key in model.metrics):
         if key.endswith("_median_rank"):  # neither in percent nor better where it is larger
             continue
-        match = _RETRIEVAL.search(key)
+        match = RETRIEVAL.search(key)
         if match:
             rest = words((key[: match.start()] + " " + key[match.end() :]).strip(" _-:/."))
-            group, column = _DIRECTIONS[match[1]], f"R@{match[2]}"
+            group, column = DIRECTIONS[match[1]], f"R@{match[2]}"
         else:
             rest, group, column = "Other metrics" if _has_retrieval(models) else "", "", words(key)
         tables.setdefault(rest, {}).setdefault(group, []).append((key, column))
@@ -149,7 +143,7 @@ def results(models: Sequence[ModelResult]) -> str:
 
 
 def _has_retrieval(models: Sequence[ModelResult]) -> bool:
-    return any(_RETRIEVAL.search(key) for model in models for key in model.metrics)
+    return any(RETRIEVAL.search(key) for model in models for key in model.metrics)
 
 
 def _table(models: Sequence[ModelResult], groups: Mapping[str, Sequence[tuple[str, str]]]) -> str:
@@ -244,43 +238,12 @@ def _query(models: Sequence[ModelResult], query: Query) -> str:
 def _hit(hit: Hit) -> str:
     verdict = "right" if hit.right else "wrong"
     said = escape(f"{hit.caption} ({verdict})")
-    uri = _data_uri(hit.image)
+    uri = data_uri(hit.image)
     shown = f'<img src="{uri}" alt="{said}">' if uri else f'<span class="gone" role="img" aria-label="{said}"></span>'
     return f'<li class="hit {verdict}" title="{escape(hit.caption)}">{shown}</li>'
 
 
-def _data_uri(image: bytes) -> str | None:
-    """The picture as a data: URI, large or unfamiliar ones as a small JPEG; None where it cannot be read."""
-    kind = _media_type(image)
-    if kind is None or len(image) > _INLINE_BYTES:
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(image)) as opened:
-                opened.thumbnail((_THUMBNAIL, _THUMBNAIL))
-                pixels = opened.convert("RGBA")
-        except (OSError, ValueError, Image.DecompressionBombError):
-            return None
-        white = Image.new("RGBA", pixels.size, "white")
-        buffer = io.BytesIO()
-        Image.alpha_composite(white, pixels).convert("RGB").save(buffer, "JPEG", quality=85)
-        kind, image = "image/jpeg", buffer.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(image).decode('ascii')}"
-
-
-def _media_type(image: bytes) -> str | None:
-    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "image/webp"
-    kinds = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}
-    return next((kind for start, kind in kinds.items() if image.startswith(start)), None)
-
-
 # --- words ------------------------------------------------------------------------------------------------------------
-
-
-def words(key: str) -> str:
-    """A key as words: masked_language → masked language."""
-    return re.sub(r"[_\s]+", " ", key).strip()
 
 
 def duration(seconds: float) -> str:
