@@ -183,8 +183,8 @@ def _save(path: Path, found: Evaluation, overlaps: Sequence[Overlap], result: di
     from declip.files import write_atomically
 
     if path.suffix == ".html":
-        from declip.evaluation.report.evaluation import write_evaluation_report
         from declip.evaluation.published import published_rows
+        from declip.evaluation.report.evaluation import write_evaluation_report
 
         tasks = dict.fromkeys((judged.data, judged.task) for judged in found.results)
         published = [row for data, task in tasks for row in published_rows(data, task)]
