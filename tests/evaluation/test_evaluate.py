@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import torch
-from PIL import Image
-from torch.nn import functional as F
+from colours import COLOURS, Colours, picture, write
 
 import declip
 from declip import evaluation
 from declip.errors import InputError
+from declip.evaluation import embedding
 from declip.pairs import Data
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0)}
-
-
-class Colours:
-    """Images are embedded by their mean colour, texts by the colours they name; anything else is black."""
-
-    name = "colours"
-
-    def __init__(self) -> None:
-        self.groups: list[int] = []
-        self.texts: list[str] = []
-
-    def encode_image(self, images: Iterable[np.ndarray], batch_size: int = 256) -> np.ndarray:
-        means = np.stack([image.reshape(-1, 3).mean(0) for image in images]).astype(np.float32)
-        self.groups.append(len(means))
-        return means / (np.linalg.norm(means, axis=1, keepdims=True) + 1e-6)
-
-    def encode_text(self, texts: list[str], batch_size: int = 1024) -> torch.Tensor:
-        self.texts += texts
-        rows = [sum((np.array(rgb) for name, rgb in COLOURS.items() if name in text), np.zeros(3)) for text in texts]
-        return F.normalize(torch.tensor(np.array(rows), dtype=torch.float32), dim=-1)
-
-
-def picture(colour: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), COLOURS[colour]).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
 
 
 @pytest.fixture
@@ -73,12 +34,14 @@ def test_both_tasks_by_default(both: str) -> None:
     perfect = dict.fromkeys([f"{way}_r{k}" for way in ways for k in (1, 5, 10)], 100.0)
     perfect |= {f"{way}_median_rank": 1.0 for way in ways}
     labelled = dict.fromkeys(("top1", "top5", "mean_per_class"), 100.0)
+    common = {"model": "colours", "data": both, "items": 4, "skipped": 0, "undecodable": 0}
     assert result == {
         "model": "colours",
         "results": [
-            {"data": both, "task": "retrieval", "items": 4, "skipped": 0, "metrics": perfect},
-            {"data": both, "task": "zero-shot", "items": 4, "skipped": 0, "metrics": labelled},
+            {**common, "task": task, "metrics": metrics, "intervals": {name: [v, v] for name, v in metrics.items()}}
+            for task, metrics in (("retrieval", perfect), ("zero-shot", labelled))
         ],
+        "comparisons": [],
     }
 
 
@@ -101,13 +64,18 @@ def test_equal_captions_are_encoded_once_and_tie(tmp_path: Path) -> None:
     assert (metrics["image_to_text_r1"], metrics["text_to_image_r1"]) == (0.0, 50.0)
 
 
-def test_broken_pairs_are_skipped_and_counted(tmp_path: Path) -> None:
+def test_unreadable_images_count_as_missed(tmp_path: Path) -> None:
     rows = [{"image": picture(name), "caption": name} for name in COLOURS]
     rows[1]["image"] = b"no image"
     rows[2]["caption"] = "  "
     rows[3]["image"] = rows[3]["image"][:45]
     (row,) = evaluate(Colours(), write(tmp_path / "t.parquet", rows))["results"]
-    assert (row["items"], row["skipped"]) == (1, 3)
+    assert (row["items"], row["undecodable"], row["skipped"]) == (3, 2, 1)
+    assert row["metrics"]["text_to_image_r10"] == row["metrics"]["image_to_text_r1"] == pytest.approx(100 / 3)
+    labelled = [{"image": row["image"], "label": row["caption"].strip() or None} for row in rows]
+    (row,) = evaluate(Colours(), write(tmp_path / "l.parquet", labelled))["results"]
+    assert (row["items"], row["undecodable"], row["skipped"]) == (3, 2, 1)
+    assert row["metrics"] == {name: pytest.approx(100 / 3) for name in ("top1", "top5", "mean_per_class")}
     for row in rows:
         row["image"] = b""
     with pytest.raises(InputError, match=r"all 4 pairs are broken; the first: .*row 0"):
@@ -131,15 +99,15 @@ def test_columns_can_be_told(tmp_path: Path) -> None:
 
 
 def test_images_go_in_groups(both: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "_IMAGES_AT_ONCE", 3)
-    monkeypatch.setattr(evaluation, "_TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(embedding, "_IMAGES_AT_ONCE", 3)
+    monkeypatch.setattr(embedding, "_TEXTS_AT_ONCE", 3)
     model, calls = Colours(), []
     result = evaluate(model, both, ["retrieval"], progress=lambda *call: calls.append(call))
     assert model.groups == [3, 1]
     assert result["results"][0]["metrics"]["text_to_image_r1"] == 100.0
     images, captions = f"images of {both}", f"captions of {both}"
     assert calls == [(images, 3, 4), (images, 4, 4), (captions, 3, 8), (captions, 6, 8), (captions, 8, 8)]
-    monkeypatch.setattr(evaluation, "_BYTES_AT_ONCE", 1)
+    monkeypatch.setattr(embedding, "_BYTES_AT_ONCE", 1)
     evaluate(model, both, ["retrieval"])
     assert model.groups[2:] == [1, 1, 1, 1]
 

@@ -15,7 +15,7 @@ NAMES = {
     "CIFAR100": "cifar100",
     "Food": "food101",
     "Pets": "pets",
-    "Flowers": "flowers102",
+    "Flowers": "flowers",
     "SUN": "sun397",
     "Cars": "cars",
     "DTD": "dtd",
