@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from declip import evaluation
 from declip.cli import main
 from declip.recipe import load_recipe, parse_recipe, shipped
 
@@ -134,56 +133,6 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setitem(sys.modules, "declip.demo", module)
     assert main(["demo", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": "demo-run", "minutes": 10.0, "quiet": True}
-
-
-RESULT = {
-    "model": "runs/[mine]",
-    "results": [
-        {
-            "data": "[a].parquet",
-            "task": "retrieval",
-            "items": 1000,
-            "skipped": 2,
-            "metrics": {"text_to_image_r1": 12.34},
-        },
-        {"data": "b.parquet", "task": "zero-shot", "items": 50, "skipped": 0, "metrics": {"top1": 71.0, "top5": 99.96}},
-    ],
-}
-
-
-def test_evaluate(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    calls = []
-
-    def evaluate(model: str, data: list[str], tasks: Any, options: Any, progress: Any, templates: Any) -> Any:
-        progress("images of b", 1, 2)
-        calls.append((model, data, tasks, options, templates))
-        return RESULT
-
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
-    argv = [
-        "evaluate",
-        "m",
-        "a",
-        "--task",
-        "retrieval",
-        "--task",
-        "zero-shot",
-        "b",
-        "--captions",
-        "x",
-        "--captions",
-        "y",
-    ]
-    assert main([*argv, "--label", "l", "--template", "a {}", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == RESULT
-    ((model, data, tasks, options, templates),) = calls
-    assert (model, data, tasks, templates) == ("m", ["a", "b"], ["retrieval", "zero-shot"], ["a {}"])
-    assert (options.captions, options.label, options.image) == (["x", "y"], "l", None)
-
-    assert main(["evaluate", "m", "a"]) == 0
-    out = capsys.readouterr().out
-    for text in ("runs/[mine]", "[a].parquet", "1,000", "text → image", "R@1", "12.3", "top-5", "100.0"):
-        assert text in out
 
 
 def test_recipes_list(capsys: Capture) -> None:

@@ -115,7 +115,7 @@ def test_a_probe_counts_classes_and_images_that_it_cannot_know_as_wrong(tmp_path
 def test_a_known_set(tmp_path: Path) -> None:
     benchmark_folders.cifar(tmp_path, 10)
     result = evaluation.evaluate(Colours(), "CIFAR-10", root=tmp_path)
-    zero_shot, probe = result["results"]
+    probe = result["results"][1]
     assert [(row["data"], row["task"], row["items"]) for row in result["results"]] == [
         ("cifar10", "zero-shot", 4),
         ("cifar10", "linear-probe", 4),
@@ -169,9 +169,7 @@ def test_embeddings_that_are_no_numbers(tmp_path: Path) -> None:
             found[1] = np.nan
             return found
 
-    with pytest.raises(
-        InputError, match=r"1 of 8 embeddings with values that are no numbers \(the first is number 1\)"
-    ):
+    with pytest.raises(InputError, match=r"1 of 8 embeddings .* no numbers \(the first is number 1\)"):
         evaluation.evaluate(Broken(), shades(tmp_path / "t.parquet", 8))
 
 

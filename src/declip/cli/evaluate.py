@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,9 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError("Name a model and what to judge it on, as in: declip evaluate runs/mine test.parquet.")
     if missing := next((path for path in args.save if not path.parent.is_dir()), None):
         raise InputError(f"{missing} cannot be written: there is no folder {missing.parent}.")
+    pictured = any(path.suffix == ".html" for path in args.save)
+    if args.robustness and not pictured:
+        raise InputError("--robustness is part of the report: say --save report.html.")
     from declip.evaluation.opening import open_tests, openers
     from declip.evaluation.suite import Asked, evaluate_models
     from declip.model.prompts import resolve_templates
@@ -127,9 +130,6 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
     tests = open_tests(args.data, args.task, options, train=args.train, root=args.root, fetch=args.download)
     models = [args.model, *args.against]
-    pictured = any(path.suffix == ".html" for path in args.save)
-    if args.robustness and not pictured:
-        raise InputError("--robustness is part of the report: say --save report.html.")
     asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
     pictured = any(path.suffix == ".html" for path in args.save)
     if args.robustness and not pictured:
@@ -145,10 +145,26 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "overlaps": [asdict(overlap) for overlap in overlaps],
     }
     for path in args.save:
-        _save(path, found, overlaps, result)
+        _save(path, *_with_short_names(found, overlaps), result)
     if not args.json:
-        _print_results(found, overlaps)
+        _print_results(*_with_short_names(found, overlaps))
     return result
+
+
+def _with_short_names(found: Evaluation, overlaps: Sequence[Overlap]) -> tuple[Evaluation, list[Overlap]]:
+    """For people: models that are called by their last folder, where this tells them apart."""
+    names = list(dict.fromkeys(judged.model for judged in found.results))
+    last = [Path(name).name for name in names]
+    if len(set(last)) < len(last):
+        return found, list(overlaps)
+    short = dict(zip(names, last, strict=True))
+    renamed = replace(
+        found,
+        results=[replace(one, model=short[one.model]) for one in found.results],
+        details=[replace(one, model=short[one.model]) for one in found.details],
+        comparisons=[replace(one, models=(short[one.models[0]], short[one.models[1]])) for one in found.comparisons],
+    )
+    return renamed, [replace(one, model=short.get(one.model, one.model)) for one in overlaps]
 
 
 def _overlaps(models: Sequence[str], tests: Sequence[TestSet], unbounded: bool, progress: Progress) -> list[Overlap]:
@@ -267,7 +283,7 @@ def _remarks(found: Evaluation, overlaps: Sequence[Overlap]) -> list[str]:
         elif copy.exact or copy.near:
             lines.append(
                 f"Of {copy.data}, {copy.exact:,} of {copy.items:,} images also are among the training pairs of "
-                f"{copy.model}, and {copy.near:,} nearly so: its figures are too good."
+                f"{copy.model}, and {copy.near:,} nearly so: its figures may be too good."
             )
     broken = {one.data: one.broken for one in found.results if one.undecodable}
     lines += [f"{data}: unreadable images count as missed; the first: {first[0]}" for data, first in broken.items()]
