@@ -131,10 +131,6 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     tests = open_tests(args.data, args.task, options, train=args.train, root=args.root, fetch=args.download)
     models = [args.model, *args.against]
     asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
-    pictured = any(path.suffix == ".html" for path in args.save)
-    if args.robustness and not pictured:
-        raise InputError("--robustness is part of the report: say --save report.html.")
-    asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
     with progress_bar() as progress:
         found = evaluate_models(openers(models), tests, asked, progress)
         overlaps = [] if args.leaks == "off" else _overlaps(models, tests, args.leaks == "all", progress)
