@@ -241,19 +241,20 @@ def _draw(labels: Tensor, counts: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def _probe(
     train: Features, test: Features, validation: Features, classes: int, sweep: Sweep, final_on_both: bool
 ) -> ProbeResult:
-    # Classes without an item would only cost time: the fit knows those that are there.
-    both = Features(*(torch.cat(pair) for pair in zip(_parts(train), _parts(validation), strict=True)))
-    counts = torch.bincount((both if final_on_both else train).labels, minlength=classes)
-    fitted = counts.nonzero()[:, 0]
-    of_class = torch.full((classes,), -1, device=fitted.device)
+    embeddings, labels = (
+        torch.cat([getattr(train, name), getattr(validation, name)]) for name in ("embeddings", "labels")
+    )
+    # The fit knows only the classes that are there: others would cost time, and their intercepts have no minimum.
+    fitted = torch.bincount(labels if final_on_both else train.labels, minlength=classes).nonzero()[:, 0]
+    of_class = fitted.new_zeros(classes)
     of_class[fitted] = torch.arange(len(fitted), device=fitted.device)
-    search = _Sweep(Features(train.embeddings, of_class[train.labels]), validation, fitted)
+    both = LogisticProblem(embeddings, of_class[labels], len(fitted))
+    search = _Sweep(both.first(len(train)), validation, fitted)
     best = search.grid() if sweep == "grid" else search.search()
     weight, bias, converged = search.solutions[best]
     if final_on_both:
-        problem = LogisticProblem(both.embeddings, of_class[both.labels], len(fitted))
         strength = weight.new_tensor([STRENGTHS[best]])
-        fit = problem.solve(strength, (weight[None], bias[None]), max_iterations=MAX_ITERATIONS)
+        fit = both.solve(strength, (weight[None], bias[None]), max_iterations=MAX_ITERATIONS)
         weight, bias, converged = fit.weight[0], fit.bias[0], bool(fit.converged[0])
     scores = weight.new_full((len(test), classes), -torch.inf)
     scores[:, fitted] = torch.addmm(bias, test.embeddings, weight.T)
@@ -261,15 +262,11 @@ def _probe(
     return ProbeResult(scores.cpu(), test.labels.cpu(), STRENGTHS[best], curve, converged)
 
 
-def _parts(features: Features) -> tuple[Tensor, Tensor]:
-    return features.embeddings, features.labels
-
-
 class _Sweep:
-    """Fits at strengths, named by their index in STRENGTHS, judged on validation; ``fitted`` are the classes fitted."""
+    """Fits at strengths, named by their index in STRENGTHS, judged on validation; ``fitted``: the problem's classes."""
 
-    def __init__(self, train: Features, validation: Features, fitted: Tensor) -> None:
-        self.problem = LogisticProblem(*_parts(train), len(fitted))
+    def __init__(self, problem: LogisticProblem, validation: Features, fitted: Tensor) -> None:
+        self.problem = problem
         self.validation = validation
         self.fitted = fitted
         self.accuracy: dict[int, float] = {}

@@ -16,6 +16,7 @@ and strength, is diagonal: L-BFGS (Liu and Nocedal 1989) starts from its inverse
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import InputError
+from declip.evaluation.retrieval import chunks
 
 # At most so many logits at once: what stays in a CPU's caches, what keeps a GPU busy.
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
@@ -31,6 +33,7 @@ _PAIRS_AT_ONCE = 2**27
 _PAIRS_KEPT = 10
 _BACKTRACKS = 20
 _ENOUGH = 1e-4  # of the decrease that the slope promises (Armijo)
+_RELATIVE = 100  # times the tolerance: of the objective
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,18 @@ class LogisticProblem:
         torch.mm(centred, self.axes, out=self.rows[:, :-1])
         self.spread = torch.cat([variances.clamp(min=0), variances.new_tensor([rows])]).to(features.dtype)
 
+    def first(self, rows: int) -> LogisticProblem:
+        """The problem of the first rows alone, in the same basis and memory."""
+        part = copy.copy(self)
+        part.rows, part.labels = self.rows[:rows], self.labels[:rows]
+        part.spread = self.spread * (rows / len(self.rows))
+        return part
+
     def solve(
         self,
         strengths: Tensor,
         start: tuple[Tensor, Tensor] | None = None,
-        tolerance: float = 1e-5,
+        tolerance: float = 1e-6,
         max_iterations: int = 1000,
     ) -> LogisticFit:
         """The minimum at each strength.
@@ -97,8 +107,9 @@ class LogisticProblem:
             strengths: ``[strengths]``, each above 0.
             start: weight ``[strengths, classes, width]`` and bias ``[strengths, classes]`` near the solution; by
                 default zero, and the logarithm of the classes' shares.
-            tolerance: a strength is done when its gradient, measured by the curvature's inverse (half of g'H⁻¹g, which
-                near the minimum is how far the objective lies above it), is below this times the rows: in nats a row.
+            tolerance: a strength is done when its gradient, measured by the inverse curvature (half of g'H⁻¹g, which
+                near the minimum is how far the objective lies above it), is below this in nats a row, and below 100
+                times this as a share of the objective: of separable classes, every row's share of it is tiny.
             max_iterations: steps of L-BFGS after which a strength is given up: ``converged`` is False there.
 
         Raises ValueError where a strength is not above 0.
@@ -109,8 +120,8 @@ class LogisticProblem:
         weights = self._prior(len(strengths)) if start is None else self._turned(*start)
         together = max(1, _PAIRS_AT_ONCE // (2 * _PAIRS_KEPT * weights[0].numel()))
         solved = [
-            _minimise(self, *part, tolerance * len(self.rows), max_iterations)
-            for part in zip(strengths.split(together), weights.split(together), strict=True)
+            _minimise(self, strengths[part], weights[part], tolerance, max_iterations)
+            for part in chunks(len(strengths), 1, together)
         ]
         turned, objective, iterations, converged = (torch.cat(column) for column in zip(*solved, strict=True))
         weight = turned[..., :-1] @ self.axes.T
@@ -133,7 +144,8 @@ class LogisticProblem:
         value = torch.zeros(count, dtype=torch.float64, device=weights.device)
         step = max(1, _LOGITS_AT_ONCE.get(weights.device.type, 2**24) // len(flat))
         # Classes before rows: then reductions over classes run along whole rows of memory, however few they are.
-        for rows, labels in zip(torch.split(self.rows, step), torch.split(self.labels, step), strict=True):
+        for part in chunks(len(self.rows), len(flat), step):
+            rows, labels = self.rows[part], self.labels[part]
             logits = (flat @ rows.T).view(count, classes, len(rows))
             own = labels.expand(count, 1, -1)
             logits -= logits.amax(1, keepdim=True)
@@ -168,9 +180,9 @@ class _State:
 
 
 def _minimise(
-    problem: LogisticProblem, strengths: Tensor, weights: Tensor, gap: float, max_iterations: int
+    problem: LogisticProblem, strengths: Tensor, weights: Tensor, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L-BFGS from those weights until each objective is within ``gap``: weights, objectives, iterations, converged."""
+    """L-BFGS from those weights: weights, objectives, iterations, converged."""
     state = _State(
         torch.arange(len(strengths), device=weights.device),
         strengths,
@@ -184,6 +196,7 @@ def _minimise(
     for iteration in range(max_iterations + 1):
         direction = _direction(state, _inverse_spread(problem, state))
         slope = _dot(state.gradient, direction)
+        gap = (state.value * _RELATIVE).clamp(max=len(problem.rows)) * tolerance
         near = -slope / 2 <= gap
         done = near | stuck | (iteration == max_iterations)
         if done.any():
