@@ -134,7 +134,8 @@ def test_float32_finds_the_minimum_of_float64() -> None:
     fits = [LogisticProblem(given, labels, 5).solve(torch.tensor(STRENGTHS)) for given in (features, features.float())]
     assert fits[1].weight.dtype == torch.float32
     assert fits[1].converged.all()
-    torch.testing.assert_close(fits[1].objective, fits[0].objective, rtol=1e-2, atol=0)
+    # float32 knows the cross-entropy of a row to about 1e-6 at best.
+    torch.testing.assert_close(fits[1].objective, fits[0].objective, rtol=1e-3, atol=1e-6 * len(labels))
 
 
 def test_the_first_rows_alone_and_a_start_from_the_solution() -> None:
@@ -180,4 +181,4 @@ def test_a_gpu_finds_the_same() -> None:
     features, labels = clustered(500)
     here = LogisticProblem(features.float(), labels, 5).solve(torch.tensor(STRENGTHS))
     there = LogisticProblem(features.float().cuda(), labels, 5).solve(torch.tensor(STRENGTHS))
-    torch.testing.assert_close(there.objective.cpu(), here.objective, rtol=1e-3, atol=0)
+    torch.testing.assert_close(there.objective.cpu(), here.objective, rtol=1e-3, atol=1e-6 * len(labels))

@@ -110,7 +110,7 @@ def linear_probe(
             ``seed``, takes its place; a class of one item stays in train.
         classes: how many there are. A class of test that neither train nor validation has counts as wrong.
         sweep: ``search``, CLIP's binary search (15 strengths), or ``grid``, all 97 of ``STRENGTHS``. Among strengths
-            with the same validation accuracy the greatest is chosen.
+            with the same validation accuracy the middle one is chosen: few validation items leave many equal.
         device: where to compute; by default where train's embeddings are. float64 is computed in float64, all else in
             float32.
 
@@ -290,7 +290,7 @@ class _Sweep:
         return best
 
     def _round(self, steps: list[int]) -> int:
-        """Fit at those strengths in one batch; the best of all so far, the strongest among equals."""
+        """Fit at those strengths in one batch; the best of all so far, the middle one among equals."""
         strengths = torch.tensor([STRENGTHS[step] for step in steps])
         start = None
         if self.solutions:
@@ -301,7 +301,9 @@ class _Sweep:
             right = self.fitted[fit.scores(self.validation.embeddings, row).argmax(1)] == self.validation.labels
             self.accuracy[step] = 100.0 * int(right.sum()) / len(right)
             self.solutions[step] = fit.weight[row], fit.bias[row], bool(fit.converged[row])
-        return max(self.accuracy, key=lambda step: (self.accuracy[step], step))
+        peak = max(self.accuracy.values())
+        best = sorted(step for step, accuracy in self.accuracy.items() if accuracy == peak)
+        return best[len(best) // 2]
 
     def _between(self, step: int) -> tuple[Tensor, Tensor]:
         """Between the solutions at the nearest weaker and the nearest stronger one, to start from."""

@@ -196,7 +196,7 @@ def _minimise(
     for iteration in range(max_iterations + 1):
         direction = _direction(state, _inverse_spread(problem, state))
         slope = _dot(state.gradient, direction)
-        gap = (state.value * _RELATIVE).clamp(max=len(problem.rows)) * tolerance
+        gap = torch.maximum((state.value * _RELATIVE).clamp(max=len(problem.rows)) * tolerance, _noise(problem, state))
         near = -slope / 2 <= gap
         done = near | stuck | (iteration == max_iterations)
         if done.any():
@@ -209,6 +209,11 @@ def _minimise(
             direction, slope = direction[~done], slope[~done]
         stuck = _advance(problem, state, direction, slope)
     return weights, objective, iterations, converged
+
+
+def _noise(problem: LogisticProblem, state: _State) -> Tensor:
+    """What rounding does to the objectives at most: no step is held up by it, and below it there is nothing to gain."""
+    return torch.finfo(state.weights.dtype).eps * (state.value + len(problem.rows))
 
 
 def _inverse_spread(problem: LogisticProblem, state: _State) -> Tensor:
@@ -257,8 +262,7 @@ def _advance(problem: LogisticProblem, state: _State, direction: Tensor, slope: 
 
     The problem is convex, so that any step has a pair of positive product: there is no second Wolfe condition to watch.
     """
-    # What rounding of the logits does to an objective must not hold a step up.
-    noise = torch.finfo(direction.dtype).eps * state.value.abs()
+    noise = _noise(problem, state)
     length = torch.ones_like(slope)
     weights = state.weights + direction
     value, gradient = problem.objective(weights, state.strengths)
