@@ -63,6 +63,12 @@ def add_evaluate(commands: Any) -> None:
         default="auto",
         help="look for test pictures among those that a run was trained on (auto: where these are 200,000 at most)",
     )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of image towers; bfloat16 is nearly twice as fast on processors that know it (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of splits and intervals (%(default)s)")
     parser.set_defaults(rest="data")
 
@@ -132,7 +138,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     models = [args.model, *args.against]
     asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
     with progress_bar() as progress:
-        found = evaluate_models(openers(models), tests, asked, progress)
+        found = evaluate_models(openers(models, args.precision), tests, asked, progress)
         overlaps = [] if args.leaks == "off" else _overlaps(models, tests, args.leaks == "all", progress)
     result = {
         "model": found.results[0].model,

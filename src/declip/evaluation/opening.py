@@ -90,24 +90,27 @@ def _set(name: str, root: Path, split: str | None) -> TestSet:
     )
 
 
-def openers(models: Sequence[Any]) -> list[Callable[[], Encoder]]:
+def openers(models: Sequence[Any], precision: str = "float32") -> list[Callable[[], Encoder]]:
     """What opens each model, given as such or by what ``declip.load`` takes.
+
+    precision: float32 or bfloat16, of the image towers that are opened here.
 
     Raises InputError where one is named twice.
     """
     names = [str(model) if isinstance(model, str | Path) else model.name for model in models]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"The model {doubled} is named twice: it would be compared with itself.")
-    return [_opener(model) for model in models]
+    return [_opener(model, precision) for model in models]
 
 
-def _opener(model: Any) -> Callable[[], Encoder]:
+def _opener(model: Any, precision: str) -> Callable[[], Encoder]:
     if not isinstance(model, str | Path):
         return lambda: model
 
     def open_model() -> Encoder:
         from declip.model.pretrained import load
 
-        return load(model)
+        opened = load(model)
+        return opened.embed_images_in_bfloat16() if precision == "bfloat16" else opened
 
     return open_model

@@ -25,6 +25,8 @@ from declip.model.released import read_released
 from declip.model.token_similarity import similarity
 from declip.model.towers import CONTEXT_LENGTH, Towers, build_from_config
 
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
@@ -162,6 +164,19 @@ class LoadedModel:
     ) -> None:
         self.name, self.clip, self.preprocess, self.tokenizer = name, clip, preprocess, tokenizer
         self.token_wise = token_wise
+        self.image_dtype = torch.float32
+
+    def embed_images_in_bfloat16(self) -> LoadedModel:
+        """Keep the image tower in bfloat16, but for its norms: nearly twice as fast where the processor knows it.
+
+        Embeddings then differ by about a hundredth of their length.
+        """
+        self.image_dtype = torch.bfloat16
+        for module in self.clip.visual.modules():  # type: ignore[union-attr,operator]
+            if not isinstance(module, NORMS):
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(self.image_dtype)
+        return self
 
     @cached_property
     def prepare(self) -> Preparation:
@@ -185,7 +200,7 @@ class LoadedModel:
         float32 [images, dim], or [images, tokens, dim] of a model that compares tokens.
         """
         embeddings = [
-            embed_images(self.clip, torch.stack(part).to(self.device), self.token_wise).cpu()
+            embed_images(self.clip, torch.stack(part).to(self.device, self.image_dtype), self.token_wise).cpu()
             for part in _batches((self.preprocess(_open_image(image)) for image in _many(images)), batch_size)
         ]
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
@@ -195,7 +210,8 @@ class LoadedModel:
         """As `encode_image`, of what `prepare` has made of image files, say in other processes."""
         parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
         embeddings = [
-            embed_images(self.clip, self.prepare.batch(part, self.device), self.token_wise).cpu() for part in parts
+            embed_images(self.clip, self.prepare.batch(part, self.device).to(self.image_dtype), self.token_wise).cpu()
+            for part in parts
         ]
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
