@@ -23,9 +23,7 @@ from declip.model.huggingface import is_huggingface_folder, read_huggingface
 from declip.model.preparation import Preparation
 from declip.model.released import read_released
 from declip.model.token_similarity import similarity
-from declip.model.towers import CONTEXT_LENGTH, Towers, build_from_config
-
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
+from declip.model.towers import CONTEXT_LENGTH, NORMS, Towers, build_from_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,7 +170,7 @@ class LoadedModel:
         Embeddings then differ by about a hundredth of their length.
         """
         self.image_dtype = torch.bfloat16
-        for module in self.clip.visual.modules():  # type: ignore[union-attr,operator]
+        for module in self.clip.visual.modules():  # type: ignore[union-attr]
             if not isinstance(module, NORMS):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(self.image_dtype)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
+from torch import nn
+
 from declip.errors import InputError, first_line
 from declip.recipe import Model
 
 Towers: TypeAlias = Any  # open_clip's CLIP, which holds its text tower's parts itself, or its CustomTextCLIP
 
 NO_TEXT = {"layers": 1, "width": 64, "heads": 1}  # open_clip wants a text tower described where there is none
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 CONTEXT_LENGTH = 77  # open_clip's, where a text tower does not say
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from declip.errors import InputError
 from declip.model.depth import layers_to_top
 from declip.model.dual_encoder import DualEncoder
+from declip.model.towers import NORMS
 from declip.optimization import Optimizer
 from declip.recipe import Recipe
 from declip.training.sharding import own_part
@@ -19,7 +20,6 @@ EMBEDDINGS = (
     *("token_embedding", "positional_embedding", "class_embedding", "mask_embedding"),
     *("pos_embed", "cls_token", "reg_token"),  # timm's
 )
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 LOGIT_SCALES = ("logit_scale", "logit_bias")
 VOCABULARY = "masked_language.head"  # a row for every word, as in an embedding
 MUON_MOMENTUM = 0.95  # its author's
