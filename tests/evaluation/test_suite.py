@@ -273,3 +273,14 @@ def test_what_a_report_shows(tmp_path: Path) -> None:
 def test_few_pairs_start_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding, "DataLoader", lambda *_, **__: pytest.fail("a loader for 8 pairs"))
     evaluation.evaluate(Colours(), shades(tmp_path / "t.parquet", 8))
+
+
+def test_a_folder_with_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("val", 3)):
+        for name in COLOURS:
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                (tmp_path / split / name / f"{number}.png").write_bytes(picture(name))
+    result = evaluation.evaluate(Colours(), str(tmp_path))
+    assert [(row["task"], row["items"]) for row in result["results"]] == [("zero-shot", 12), ("linear-probe", 12)]
+    assert result["results"][1]["learnt_from"] == 24

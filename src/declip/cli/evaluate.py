@@ -24,7 +24,7 @@ _FORMATS = (".html", ".json", ".csv", ".md", ".tex")
 
 
 def add_evaluate(commands: Any) -> None:
-    example = "declip evaluate runs/mine test.parquet --against ViT-B-32:laion2b_s34b_b79k --save report.html"
+    example = "declip evaluate runs/mine test.parquet --against runs/other --save report.html"
     about = "judge models: retrieval, zero-shot classification, linear probes, with intervals and a report"
     parser = command(commands, "evaluate", _evaluate, about, example)
     parser.add_argument("model", metavar="MODEL", nargs="?", help=MODEL)

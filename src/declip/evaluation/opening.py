@@ -15,6 +15,7 @@ from declip.evaluation.embedding import Encoder
 from declip.evaluation.sets import TestSet
 from declip.pairs import Data
 
+_JUDGED = ("test", "val")  # which of a folder's splits is judged where it also has one to train on
 _METRICS = {"accuracy": "top1", "mean_per_class": "mean_per_class", "recall": "text_to_image_r1"}
 
 
@@ -53,6 +54,11 @@ def _is_name(spec: str) -> bool:
 
 
 def _own(spec: str, tasks: Sequence[str] | None, options: Data, train: list[str]) -> TestSet:
+    folder = Path(spec).expanduser()
+    if (folder / "train").is_dir() and (judged := next((s for s in _JUDGED if (folder / s).is_dir()), None)):
+        spec, train = str(folder / judged), train or [str(folder / "train")]
+    if "retrieval" not in (tasks or ()):  # sentences made of class names are no captions to be found again
+        options = options.model_copy(update={"templates": []})
     source = open_sources([spec], options, need_captions="retrieval" in (tasks or ()))
     learnt = open_sources(train, options, need_captions=False) if train else None
     if learnt is None and "linear-probe" in (tasks or ()):
