@@ -107,6 +107,22 @@ def test_what_was_trained_on_is_found(models: tuple[str, str], pairs: str, tmp_p
     assert "was not compared with what [mine] was trained on: " in capsys.readouterr().out
 
 
+def test_seeds_are_taken_together(models: tuple[str, str], pairs: str, tmp_path: Path, capsys: Capture) -> None:
+    from declip.explain import commented_toml
+
+    for folder, seed in zip(models, (0, 1), strict=True):
+        Path(folder).mkdir(parents=True)
+        recipe = load_recipe("clip", ["data.train=nowhere.parquet", f"seed={seed}"])
+        (Path(folder) / "recipe.toml").write_text(commented_toml(recipe), encoding="utf-8")
+    argv = ["evaluate", models[0], pairs, "--against", models[1], "--task", "zero-shot", "--template", "{}", "--json"]
+    assert main([*argv, "--save", str(tmp_path / "report.html")]) == 0
+    one, other, both = json.loads(capsys.readouterr().out)["results"]
+    assert both["runs"] == 2
+    assert both["metrics"]["top1"] == (one["metrics"]["top1"] + other["metrics"]["top1"]) / 2
+    assert both["intervals"]["top1"][0] < both["metrics"]["top1"] < both["intervals"]["top1"][1]
+    assert "and 1 more seeds" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_list(tmp_path: Path, capsys: Capture) -> None:
     assert main(["evaluate", "--list", "--root", str(tmp_path)]) == 0
     assert "cifar-10-batches-py" in capsys.readouterr().out

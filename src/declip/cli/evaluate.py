@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import declip
 from declip.cli.terminal import command, console, progress_bar
 from declip.errors import InputError
 
@@ -128,6 +129,8 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.robustness and not pictured:
         raise InputError("--robustness is part of the report: say --save report.html.")
     from declip.evaluation.opening import open_tests, openers
+    from declip.evaluation.seeds import over_runs, same_but_for_seed
+    from declip.evaluation.statistics import RESAMPLES
     from declip.evaluation.suite import Asked, evaluate_models
     from declip.model.prompts import resolve_templates
     from declip.pairs import Data
@@ -136,9 +139,11 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
     tests = open_tests(args.data, args.task, options, train=args.train, root=args.root, fetch=args.download)
     models = [args.model, *args.against]
+    groups = same_but_for_seed(models)
     asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
     with progress_bar() as progress:
         found = evaluate_models(openers(models, args.precision), tests, asked, progress)
+        found.results += over_runs(found.results, groups)
         overlaps = [] if args.leaks == "off" else _overlaps(models, tests, args.leaks == "all", progress)
     result = {
         "model": found.results[0].model,
@@ -146,8 +151,15 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "comparisons": [comparison.row() for comparison in found.comparisons],
         "overlaps": [asdict(overlap) for overlap in overlaps],
     }
+    facts = [
+        ("declip", declip.__version__),
+        ("Precision of image towers", args.precision),
+        ("Prompts", ", ".join(args.template) if args.template else "each set's own, else openai's 80"),
+        ("Intervals", f"95 %, {RESAMPLES:,} draws, seed {args.seed}"),
+        ("Read from", ", ".join(args.data)),
+    ]
     for path in args.save:
-        _save(path, *_with_short_names(found, overlaps), result)
+        _save(path, *_with_short_names(found, overlaps), facts, result)
     if not args.json:
         _print_results(*_with_short_names(found, overlaps))
     return result
@@ -194,7 +206,9 @@ def _overlaps(models: Sequence[str], tests: Sequence[TestSet], unbounded: bool, 
     return found
 
 
-def _save(path: Path, found: Evaluation, overlaps: Sequence[Overlap], result: dict[str, Any]) -> None:
+def _save(
+    path: Path, found: Evaluation, overlaps: Sequence[Overlap], facts: list[tuple[str, str]], result: dict[str, Any]
+) -> None:
     import json
 
     from declip.evaluation.tables import as_csv, as_latex, as_markdown
@@ -206,7 +220,7 @@ def _save(path: Path, found: Evaluation, overlaps: Sequence[Overlap], result: di
 
         tasks = dict.fromkeys((judged.data, judged.task) for judged in found.results)
         published = [row for data, task in tasks for row in published_rows(data, task)]
-        write_evaluation_report(path, found.results, found.details, found.comparisons, overlaps, published, [])
+        write_evaluation_report(path, found.results, found.details, found.comparisons, overlaps, published, facts)
         return
     texts: dict[str, Callable[[Sequence[Judged]], str]] = {
         ".json": lambda _: json.dumps(result, indent=1),

@@ -40,7 +40,8 @@ def evaluate(
         progress: called with (what, done, total) as the work goes on.
         templates: zero-shot prompts with ``{}`` for the class name, or ``openai`` or ``simple``. By default known sets
             have their own, and others ``openai``.
-        against: models to judge beside the first, on the same pairs.
+        against: models to judge beside the first, on the same pairs. Run folders whose recipes differ in the seed alone
+            also give rows of their mean over seeds (``runs``).
         train: labelled pairs that linear probes learn from; known sets bring their own.
         shots: linear probes also learn from so many pairs of each class.
         root: the folder that known sets are in.
@@ -53,15 +54,17 @@ def evaluate(
     Raises InputError where a source cannot be read, a task is unknown, or a source has nothing for it.
     """
     from declip.evaluation.opening import open_tests, openers
+    from declip.evaluation.seeds import over_runs, same_but_for_seed
     from declip.evaluation.suite import Asked, evaluate_models
     from declip.model.prompts import resolve_templates
 
     resolve_templates(templates)
     tests = open_tests(data, tasks, data_options, train=train, root=root)
-    models = openers([model, *against])
-    found = evaluate_models(models, tests, Asked(tasks, templates, shots, seed), progress)
+    models = [model, *against]
+    groups = same_but_for_seed(models)
+    found = evaluate_models(openers(models), tests, Asked(tasks, templates, shots, seed), progress)
     return {
         "model": found.results[0].model,
-        "results": [judged.row() for judged in found.results],
+        "results": [judged.row() for judged in [*found.results, *over_runs(found.results, groups)]],
         "comparisons": [comparison.row() for comparison in found.comparisons],
     }

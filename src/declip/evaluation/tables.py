@@ -25,7 +25,7 @@ def as_csv(results: Sequence[Judged]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["model", "data", "task", "settings", "items", "undecodable", "metric", "value", "low", "high"])
     for judged in results:
-        settings = " ".join(f"{name}={value}" for name, value in judged.settings.items())
+        settings = " ".join(f"{name}={value}" for name, value in judged.settings.items() if name != "deviations")
         first = [judged.model, judged.data, judged.task, settings, judged.items, judged.undecodable]
         for metric, value in judged.metrics.items():
             writer.writerow([*first, metric, value, *judged.intervals.get(metric, ("", ""))])

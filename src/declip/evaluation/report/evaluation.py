@@ -57,6 +57,9 @@ def _page(
     published: Sequence[Published],
     facts: Sequence[tuple[str, str]],
 ) -> str:
+    single = [
+        judged for judged in results if "runs" not in judged.settings
+    ] or results  # means over seeds are no models
     named = [each.model for group in (results, details, overlaps) for each in group]
     models = Models(tuple(dict.fromkeys([*named, *(name for each in comparisons for name in each.models)])))
     sections = [
@@ -72,10 +75,10 @@ def _page(
     ]
     shown = [section for section in sections if section.body]
     links = "".join(f'<a href="#{section.anchor}">{section.title}</a>' for section in shown)
-    title = f"Evaluation of {', '.join(dict.fromkeys(judged.model for judged in results))}"
+    title = f"Evaluation of {', '.join(dict.fromkeys(judged.model for judged in single))}"
     header = f"""<p class="eyebrow">{escape(title)}</p>
-<h1>{headline(models, results, comparisons)}</h1>
-<p class="intro">{escape(_intro(results))}</p>
+<h1>{headline(models, single, comparisons)}</h1>
+<p class="intro">{escape(_intro(single))}</p>
 {_warning(overlaps)}<nav aria-label="Sections">{links}</nav>"""
     body = "\n".join([*(section.html() for section in shown), setup(facts)])
     return page(title, header, body, STYLE)
