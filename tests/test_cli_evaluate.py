@@ -54,7 +54,7 @@ def test_tables_and_remarks(models: tuple[str, str], pairs: str, capsys: Capture
     ):
         assert text in out
     assert "mine]" in out  # not taken for a style
-    assert "top-1: [mine] less opposite is +80.0" in out
+    assert "zero-shot, top-1: [mine] less opposite is +80.0" in out
     assert "unreadable images count as missed; the first: " in out
 
 
