@@ -2,6 +2,7 @@
 
     python benchmarks/optimizers.py --study batch --check    # four rates at batches of 32, 128 and 512
     python benchmarks/optimizers.py --study kinds --check    # AdamW, Muon and timm's LAMB, at the best of three rates
+    python benchmarks/optimizers.py --study cost             # what a step of each costs, on an otherwise idle computer
 
 Trained on Noto, judged once, at the end of the run, on Twemoji; an equal number of pairs seen. The score is the mean of
 R@1, R@5 and R@10 of both directions. A ViT of 6 layers × 128 is trained beside the recipes' ResNet. Rates are chosen
@@ -153,18 +154,39 @@ def study_kinds(args: argparse.Namespace) -> dict[str, Any]:
     return {"tuning": tuned, "rows": found, "missed": [f"{where}: Muon is not ahead of AdamW" for where in behind]}
 
 
+def study_cost(args: argparse.Namespace) -> dict[str, Any]:
+    """Pairs a second with each optimizer, the best of some short runs by turns, on all threads."""
+    import shutil
+
+    from declip.recipe import load_recipe
+    from declip.training.loop import train
+
+    rates: dict[tuple[str, str, str], float] = {}
+    for _, recipe, towers, kind in product(range(args.seeds), ("clip", "declip"), TOWERS, ("adamw", "muon")):
+        cell = Cell(recipe, towers, kind, 128, 1e-3, args.pairs or 5_120, 0)
+        summary = train(load_recipe(recipe, [*cell.overrides(), "data.holdout=0"]), args.work / "cost", quiet=True)
+        shutil.rmtree(args.work / "cost")
+        key = (recipe, towers, kind)
+        rates[key] = max(rates.get(key, 0.0), summary["samples_per_second"])
+    rows = [
+        {"recipe": recipe, "towers": towers, **{kind: rates[recipe, towers, kind] for kind in ("adamw", "muon")}}
+        for recipe, towers in product(("clip", "declip"), TOWERS)
+    ]
+    return {"rows": [{**row, "muon_costs": row["adamw"] / row["muon"]} for row in rows], "missed": []}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=("batch", "kinds"), required=True)
+    parser.add_argument("--study", choices=("batch", "kinds", "cost"), required=True)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a claim does not hold")
     parser.add_argument("--seeds", type=int, default=2, help="seeds of every cell (%(default)s)")
-    parser.add_argument("--pairs", type=int, help="pairs seen by each run (batch: 32,000; kinds: 48,000)")
+    parser.add_argument("--pairs", type=int, help="pairs seen by each run (batch: 32,000; kinds: 48,000; cost: 5,120)")
     parser.add_argument("--work", type=Path, default=Path("runs/optimizers"), help="where finished runs are kept")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (%(default)s)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    found = study_batch(args) if args.study == "batch" else study_kinds(args)
+    found = {"batch": study_batch, "kinds": study_kinds, "cost": study_cost}[args.study](args)
     if args.json:
         print(json.dumps(found))
     else:
