@@ -290,8 +290,8 @@ def _remarks(found: Evaluation, overlaps: Sequence[Overlap]) -> list[str]:
         low, high = one.interval
         sure = "" if low > 0 or high < 0 else ": no difference that these items can show"
         lines.append(
-            f"{one.data}, {one.task}, {metric_name(one.metric)}: {one.models[0]} less {one.models[1]} is {one.difference:+.1f} "
-            f"({low:+.1f} to {high:+.1f}, p = {one.p:.2g}){sure}"
+            f"{one.data}, {one.task}, {metric_name(one.metric)}: {one.models[0]} less {one.models[1]} is "
+            f"{one.difference:+.1f} ({low:+.1f} to {high:+.1f}, p = {one.p:.2g}){sure}"
         )
     for copy in overlaps:
         if not copy.checked:
