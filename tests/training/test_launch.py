@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -125,18 +124,6 @@ def test_a_port_in_use(tiny: Callable[..., Recipe], as_rank: Callable[..., None]
         as_rank(port=port)
         says = f"The ranks cannot meet at 127.0.0.1:{port}, the port is in use: give another (MASTER_PORT)."
         assert refused(tiny()) == says
-
-
-def test_a_rank_does_not_wait_long_for_a_port_of_another_program(
-    tiny: Callable[..., Recipe], as_rank: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=2))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        as_rank(rank=1, port=port)
-        assert refused(tiny()).startswith(f"The ranks cannot meet at 127.0.0.1:{port}: ")
 
 
 def test_variables_that_are_missing(

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from declip.errors import InputError, RankLost, first_line
@@ -30,8 +29,6 @@ from declip.training.sharding import is_sharded
 
 # How long a rank waits for another that lives. One that has ended is noticed at once; judging and saving take a while.
 PATIENCE = timedelta(minutes=30)
-# How long ranks that nobody launches together wait for rank 0: its port may be another program's.
-MEETING = timedelta(minutes=5)
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 Broken = tuple[tuple[int, str, str], ...]
 Any_ = TypeVar("Any_")
@@ -104,9 +101,7 @@ def _meet(device: str) -> None:
         backend = "cpu:gloo,cuda:nccl"  # small objects travel without the GPU
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        store, rank, count = next(rendezvous("env://", timeout=MEETING))
-        store.set_timeout(PATIENCE)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=PATIENCE)
     except ValueError as error:
         raise InputError(f"The ranks cannot meet: {first_line(error)}. Start them with torchrun or --gpus.") from None
     except dist.DistError as error:
