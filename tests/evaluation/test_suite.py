@@ -248,7 +248,7 @@ def test_what_a_report_shows(tmp_path: Path) -> None:
     source = open_sources([write(tmp_path / "t.parquet", rows)], Data())
     train = open_sources([shades(tmp_path / "train.parquet", 40)], Data(), need_captions=False)
     test = TestSet("t", source, train=TestSet("train", train))
-    found = evaluate_models([Blind], [test], Asked(templates=["{}"], shots=[1], details=True, robustness=True))
+    found = evaluate_models([Blind()], [test], Asked(templates=["{}"], shots=[1], details=True, robustness=True))
     assert [judged.task for judged in found.results] == ["retrieval", "zero-shot", "linear-probe", "linear-probe"]
     by_task: dict[str, Details] = {details.task: details for details in found.details}
     classified = by_task["zero-shot"]

@@ -128,29 +128,20 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     pictured = any(path.suffix == ".html" for path in args.save)
     if args.robustness and not pictured:
         raise InputError("--robustness is part of the report: say --save report.html.")
-    from declip.evaluation.opening import open_tests, openers
-    from declip.evaluation.seeds import over_runs, same_but_for_seed
+    from declip.evaluation.opening import open_tests
     from declip.evaluation.statistics import RESAMPLES
     from declip.evaluation.suite import Asked, evaluate_models
-    from declip.model.prompts import resolve_templates
     from declip.pairs import Data
 
-    resolve_templates(args.template)
+    asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
     options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
     tests = open_tests(args.data, args.task, options, train=args.train, root=args.root, fetch=args.download)
     models = [args.model, *args.against]
-    groups = same_but_for_seed(models)
-    asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
     with progress_bar() as progress:
-        found = evaluate_models(openers(models, args.precision), tests, asked, progress)
-        found.results += over_runs(found.results, groups)
+        found = evaluate_models(models, tests, asked, progress, args.precision)
         overlaps = [] if args.leaks == "off" else _overlaps(models, tests, args.leaks == "all", progress)
-    result = {
-        "model": found.results[0].model,
-        "results": [judged.row() for judged in found.results],
-        "comparisons": [comparison.row() for comparison in found.comparisons],
-        "overlaps": [asdict(overlap) for overlap in overlaps],
-    }
+    result = {**found.rows(), "overlaps": [asdict(overlap) for overlap in overlaps]}
+    found, overlaps = _with_short_names(found, overlaps)  # from here on for people
     facts = [
         ("declip", declip.__version__),
         ("Precision of image towers", args.precision),
@@ -159,14 +150,14 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
         ("Read from", ", ".join(args.data)),
     ]
     for path in args.save:
-        _save(path, *_with_short_names(found, overlaps), facts, result)
+        _save(path, found, overlaps, facts, result)
     if not args.json:
-        _print_results(*_with_short_names(found, overlaps))
+        _print_results(found, overlaps)
     return result
 
 
 def _with_short_names(found: Evaluation, overlaps: Sequence[Overlap]) -> tuple[Evaluation, list[Overlap]]:
-    """For people: models that are called by their last folder, where this tells them apart."""
+    """Models that are called by their last folder, where this tells them apart."""
     names = list(dict.fromkeys(judged.model for judged in found.results))
     last = [Path(name).name for name in names]
     if len(set(last)) < len(last):
@@ -269,15 +260,14 @@ def _print_results(found: Evaluation, overlaps: Sequence[Overlap]) -> None:
 
 def _by_direction(judged: Judged) -> dict[str, dict[str, str]]:
     """``text_to_image_r5`` as ``{"text → image": {"R@5": …}}``, ``top1`` as ``{"": {"top-1": …}}``."""
-    from declip.evaluation.judged import metric_name
+    from declip.evaluation.judged import direction, metric_name
     from declip.evaluation.tables import shown
 
     found: dict[str, dict[str, str]] = {}
     for name in judged.metrics:
         way = next((way for way in judged.ranks if name.startswith(f"{way}_")), "")
-        title = metric_name(name)
-        shown_way = way.replace("_to_", " → ")
-        found.setdefault(shown_way, {})[title.removeprefix(f"{shown_way} ")] = shown(judged, name)
+        head = direction(way)
+        found.setdefault(head, {})[metric_name(name).removeprefix(f"{head} ")] = shown(judged, name)
     return found
 
 

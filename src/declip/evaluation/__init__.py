@@ -53,18 +53,9 @@ def evaluate(
     there is nothing to ask about; metrics are in percent but for median ranks (1 is best), intervals are of 95 %.
     Raises InputError where a source cannot be read, a task is unknown, or a source has nothing for it.
     """
-    from declip.evaluation.opening import open_tests, openers
-    from declip.evaluation.seeds import over_runs, same_but_for_seed
+    from declip.evaluation.opening import open_tests
     from declip.evaluation.suite import Asked, evaluate_models
-    from declip.model.prompts import resolve_templates
 
-    resolve_templates(templates)
+    asked = Asked(tasks, templates, shots, seed)
     tests = open_tests(data, tasks, data_options, train=train, root=root)
-    models = [model, *against]
-    groups = same_but_for_seed(models)
-    found = evaluate_models(openers(models), tests, Asked(tasks, templates, shots, seed), progress)
-    return {
-        "model": found.results[0].model,
-        "results": [judged.row() for judged in [*found.results, *over_runs(found.results, groups)]],
-        "comparisons": [comparison.row() for comparison in found.comparisons],
-    }
+    return evaluate_models([model, *against], tests, asked, progress).rows()

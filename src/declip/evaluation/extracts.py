@@ -25,14 +25,13 @@ HITS = 5
 
 def show_classification(details: Details, test: TestSet, of: Labelled, logits: Tensor, seed: int = 0) -> None:
     """Fill in what is shown of a classification; logits: [readable images, classes]."""
-    readable = of.rows >= 0
-    truth, places = of.classes[readable], of.sources[readable]
+    truth, places = of.classes[of.readable], of.sources[of.readable]
     confidence, answer = logits.softmax(1).max(1)
     right = answer == truth
-    details.classes = _classes(of, readable, right)
+    details.classes = _classes(of, right)
     details.confusions = _confusions(of.names, truth, answer)
     order = confidence.argsort(descending=True, stable=True)
-    shown = {True: [], False: []}  # type: dict[bool, list[Example]]
+    shown: dict[bool, list[Example]] = {True: [], False: []}
     for place in order.tolist():
         hits = shown[bool(right[place])]
         if len(hits) < EXAMPLES and (image := _image(test.source, int(places[place]))):
@@ -46,10 +45,10 @@ def show_classification(details: Details, test: TestSet, of: Labelled, logits: T
         details.calibration = Calibration(tuple(bins), 100 * found.error, 100 * found.error_after, found.temperature)
 
 
-def _classes(of: Labelled, readable: Tensor, right: Tensor) -> list[ClassScore]:
+def _classes(of: Labelled, right: Tensor) -> list[ClassScore]:
     """Images that cannot be read count as wrong, as in the figures."""
     hits = torch.zeros(len(of.classes), dtype=torch.float64)
-    hits[readable] = right.double()
+    hits[of.readable] = right.double()
     items = torch.bincount(of.classes, minlength=len(of.names)).tolist()
     correct = torch.bincount(of.classes, weights=hits, minlength=len(of.names)).tolist()
     return [
@@ -80,12 +79,12 @@ def show_retrieval(details: Details, test: TestSet, embedded: Embedded, texts: T
             rank = 1 + int(ranks["text_to_image"][query])
             details.retrieved.append(Found(texts.texts[query], tuple(map(bytes, hits)), right, rank))
     queries = torch.unique(owner)
+    wordings = dict(zip(texts.rows.tolist(), texts.texts, strict=True))
     for query in _spread(len(queries)):
         scores = similarity(images[queries[query]][None], texts.embeddings)[0]
         # Equal captions are one here: it is right where it is one of the image's own.
         own = set(texts.rows[owner == queries[query]].tolist())
         best = scores.topk(min(HITS, len(scores))).indices.tolist()
-        wordings = {int(row): text for row, text in zip(texts.rows.tolist(), texts.texts, strict=True)}
         if image := _image(test.source, places[int(queries[query])]):
             rank = 1 + int(ranks["image_to_text"][query])
             found = Found(image, tuple(wordings[hit] for hit in best), tuple(hit in own for hit in best), rank)

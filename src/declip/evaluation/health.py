@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from declip.evaluation.retrieval import check_owners
+
 SAMPLE = 8192
 """Of more embeddings than this, the pairwise figures look at so many, drawn anew for each kind."""
 
@@ -34,10 +36,7 @@ def embedding_health(
     if image_embeddings.ndim != 2 or text_embeddings.ndim != 2:
         raise ValueError("the figures are of one embedding an item, not of tokens")
     images, texts = len(image_embeddings), len(text_embeddings)
-    if not texts or image_of_text.shape != (texts,):
-        raise ValueError(f"{texts} texts need one image row each, not {tuple(image_of_text.shape)}")
-    if image_of_text.min() < 0 or image_of_text.max() >= images:
-        raise ValueError(f"image_of_text points outside the {images} images")
+    check_owners(images, texts, image_of_text)
     owner = image_of_text.to(image_embeddings.device)
     matched = _matched_cosine(image_embeddings, text_embeddings, owner)
     image_mean, text_mean = mean_direction(image_embeddings), mean_direction(text_embeddings)

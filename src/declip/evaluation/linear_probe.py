@@ -20,7 +20,8 @@ from torch import Tensor
 
 from declip.errors import InputError
 from declip.evaluation.logistic import LogisticProblem
-from declip.evaluation.retrieval import not_below, percent_within
+from declip.evaluation.retrieval import not_below
+from declip.evaluation.zero_shot import metrics_of_ranks
 
 Sweep = Literal["search", "grid"]
 
@@ -83,14 +84,7 @@ class ProbeResult:
     @property
     def metrics(self) -> dict[str, float]:
         """``top1``, ``top5`` (top-all with fewer than five classes) and ``mean_per_class`` (of top1), in percent."""
-        right = (self.ranks < 1).double()
-        counts = torch.bincount(self.labels)
-        per_class = torch.bincount(self.labels, weights=right)[counts > 0] / counts[counts > 0]
-        return {
-            "top1": percent_within(self.ranks, 1),
-            "top5": percent_within(self.ranks, min(5, self.scores.shape[1])),
-            "mean_per_class": 100.0 * float(per_class.mean()),
-        }
+        return metrics_of_ranks(self.ranks, self.labels, self.scores.shape[1])
 
 
 def linear_probe(

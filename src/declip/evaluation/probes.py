@@ -16,9 +16,6 @@ from declip.evaluation.linear_probe import Features, ProbeResult, few_shot, line
 from declip.evaluation.sets import TestSet
 from declip.evaluation.tasks import Labelled, classification, labelled
 
-SEEDS = (0, 1, 2)
-"""Draws of shots that a few-shot figure is the mean of."""
-
 
 @dataclass(frozen=True)
 class ProbeSets:
@@ -51,8 +48,7 @@ def probe_sets(model: Encoder, test: TestSet, embedded: Embedded, progress: Prog
 
 
 def _features(embedded: Embedded, of: Labelled) -> Features:
-    readable = of.rows >= 0
-    return Features(embedded.images[of.rows[readable]], of.classes[readable])
+    return Features(embedded.images[of.rows[of.readable]], of.classes[of.readable])
 
 
 def probe(sets: ProbeSets, judged: Judged, seed: int) -> Tensor:
@@ -66,15 +62,15 @@ def probe(sets: ProbeSets, judged: Judged, seed: int) -> Tensor:
 
 
 def few_shot_probes(sets: ProbeSets, judged: Judged, shots: Sequence[int]) -> list[Judged]:
-    """Probes on k images of each class: the mean over SEEDS, with their standard deviation as a setting."""
+    """Probes on k images of each class: the mean over the draws, with their standard deviation as a setting."""
     rows = []
     for found in few_shot(
-        sets.train, sets.test, sets.validation, classes=len(sets.of.names), shots=shots, seeds=SEEDS, device=_device()
+        sets.train, sets.test, sets.validation, classes=len(sets.of.names), shots=shots, device=_device()
     ):
         runs = [_judged(sets.of, run, judged) for run in found.runs]
         metrics = {name: sum(run.metrics[name] for run in runs) / len(runs) for name in runs[0].metrics}
         deviation = torch.tensor([run.metrics["top1"] for run in runs], dtype=torch.float64).std()
-        settings = {"shots": found.shots, "seeds": len(SEEDS), "top1_deviation": float(deviation)}
+        settings = {"shots": found.shots, "seeds": len(runs), "top1_deviation": float(deviation)}
         rows.append(replace(runs[0], metrics=metrics, ranks={}, settings=settings))
     return rows
 

@@ -69,11 +69,8 @@ def retrieval_ranks(
     Returns int64 ``{"text_to_image": [texts], "image_to_text": [images with captions]}``, in the order of the rows.
     Raises ValueError where there is no text, no query has one, or ``image_of_text`` does not fit.
     """
-    images, texts = len(image_embeddings), len(text_embeddings)
-    if not texts or image_of_text.shape != (texts,):
-        raise ValueError(f"{texts} texts need one image row each, not {tuple(image_of_text.shape)}")
-    if image_of_text.min() < 0 or image_of_text.max() >= images:
-        raise ValueError(f"image_of_text points outside the {images} images")
+    texts = len(text_embeddings)
+    check_owners(len(image_embeddings), texts, image_of_text)
     owner = image_of_text.to(image_embeddings.device)
     chosen = torch.arange(texts, device=owner.device)
     if queries is not None:
@@ -91,6 +88,14 @@ def retrieval_ranks(
         "text_to_image": _wrong_above(text_embeddings, chosen, image_embeddings, own_image, chunk)[0],
         "image_to_text": _wrong_above(image_embeddings, captioned, text_embeddings, own_texts, chunk)[0],
     }
+
+
+def check_owners(images: int, texts: int, image_of_text: Tensor) -> None:
+    """Raise ValueError where there is no text, or not the row of an image for each."""
+    if not texts or image_of_text.shape != (texts,):
+        raise ValueError(f"{texts} texts need one image row each, not {tuple(image_of_text.shape)}")
+    if image_of_text.min() < 0 or image_of_text.max() >= images:
+        raise ValueError(f"image_of_text points outside the {images} images")
 
 
 def percent_within(ranks: Tensor, k: int) -> float:

@@ -52,7 +52,7 @@ def of_zero_shot(
     progress: Progress | None,
 ) -> list[Robustness]:
     """Zero-shot top-1 of at most ITEMS pictures."""
-    readable = (of.rows >= 0).nonzero()[:, 0]
+    readable = of.readable.nonzero()[:, 0]
     chosen = readable[_chosen(len(readable), seed)]
     truth = of.classes[chosen]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 from declip.evaluation import Progress
 from declip.evaluation.certainty import add_intervals, compare, same_queries
@@ -12,8 +13,10 @@ from declip.evaluation.details import Details
 from declip.evaluation.embedding import Embedded, Encoder, embed_source
 from declip.evaluation.extracts import logit_scale, show_classification, show_health, show_retrieval
 from declip.evaluation.judged import Comparison, Judged
+from declip.evaluation.opening import openers
 from declip.evaluation.probes import few_shot_probes, probe, probe_sets
 from declip.evaluation.robustness import of_retrieval, of_zero_shot
+from declip.evaluation.seeds import over_runs, same_but_for_seed
 from declip.evaluation.sets import TestSet
 from declip.evaluation.tasks import (
     embed_captions,
@@ -23,6 +26,7 @@ from declip.evaluation.tasks import (
     zero_shot,
     zero_shot_classes,
 )
+from declip.model.prompts import resolve_templates
 from declip.model.token_similarity import similarity
 
 UNSEEN = -1e4
@@ -31,7 +35,7 @@ UNSEEN = -1e4
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of every model.
+    """What is asked of every model. Raises InputError where a template has no {}.
 
     tasks: None for all that a set allows; templates: None for the set's own; shots: examples a class of few-shot probes
     details: also gather what a report shows; robustness: also judge corrupted pictures
@@ -44,6 +48,9 @@ class Asked:
     details: bool = False
     robustness: bool = False
 
+    def __post_init__(self) -> None:
+        resolve_templates(self.templates)  # before anything is opened
+
 
 @dataclass
 class Evaluation:
@@ -53,13 +60,29 @@ class Evaluation:
     comparisons: list[Comparison] = field(default_factory=list)
     details: list[Details] = field(default_factory=list)
 
+    def rows(self) -> dict[str, Any]:
+        """What `declip.evaluate` returns."""
+        return {
+            "model": self.results[0].model,
+            "results": [judged.row() for judged in self.results],
+            "comparisons": [comparison.row() for comparison in self.comparisons],
+        }
+
 
 def evaluate_models(
-    models: Sequence[Callable[[], Encoder]], tests: Sequence[TestSet], asked: Asked, progress: Progress | None = None
+    models: Sequence[Any],
+    tests: Sequence[TestSet],
+    asked: Asked,
+    progress: Progress | None = None,
+    precision: str = "float32",
 ) -> Evaluation:
-    """Judge each model on each set; of `models`, which open them, one is held at a time."""
-    found = Evaluation()
-    for open_model in models:
+    """Judge each model on each set.
+
+    models: as such, or what `declip.load` takes; one of these is held at a time. Runs that differ in their seed alone
+    also give their mean. precision: of the image towers that are opened here.
+    """
+    found, open_models, groups = Evaluation(), openers(models, precision), same_but_for_seed(models)
+    for open_model in open_models:
         model = open_model()
         for test in tests:
             _judge(model, test, asked, found, progress)
@@ -67,6 +90,7 @@ def evaluate_models(
     for ours, theirs in combinations(found.results, 2):
         if ours.model != theirs.model and same_queries(ours, theirs):
             found.comparisons += compare(ours, theirs, metrics[ours.data], asked.seed)
+    found.results += over_runs(found.results, groups)
     return found
 
 
@@ -75,75 +99,65 @@ def _judge(model: Encoder, test: TestSet, asked: Asked, found: Evaluation, progr
     embedded = embed_source(model, test.source, test.name, progress)
     for task in asked.tasks or possible_tasks(test, embedded):
         judged = Judged(model.name, test.name, task, broken=embedded.broken)
-        details = Details(model.name, test.name, task)
+        judging = _Judging(model, test, embedded, asked, progress, judged, Details(model.name, test.name, task))
         if task == "retrieval":
-            _retrieval(model, test, embedded, judged, details, asked, progress)
+            judging.retrieval()
         elif task == "zero-shot":
-            _zero_shot(model, test, embedded, judged, details, asked, progress)
+            judging.zero_shot()
         else:
-            _probe(model, test, embedded, judged, details, asked, found, progress)
+            found.results += judging.probe()
         add_intervals(judged, asked.seed)
         found.results.append(judged)
-        found.details += [details] * asked.details
+        found.details += [judging.details] * asked.details
 
 
-def _retrieval(
-    model: Encoder,
-    test: TestSet,
-    embedded: Embedded,
-    judged: Judged,
-    details: Details,
-    asked: Asked,
-    progress: Progress | None,
-) -> None:
-    texts = embed_captions(model, test, embedded, progress)
-    retrieval(test, embedded, texts, judged)
-    if asked.details:
-        show_retrieval(details, test, embedded, texts, judged.ranks)
-        show_health(details, embedded.images[texts.captioned], texts.embeddings[texts.rows], texts.image)
-    if asked.robustness:
-        details.robustness = of_retrieval(model, test, embedded, texts, asked.seed, progress)
+@dataclass(frozen=True)
+class _Judging:
+    """One model on one set in one task: fills in `judged` and, where they are asked for, `details`."""
 
+    model: Encoder
+    test: TestSet
+    embedded: Embedded
+    asked: Asked
+    progress: Progress | None
+    judged: Judged
+    details: Details
 
-def _zero_shot(
-    model: Encoder,
-    test: TestSet,
-    embedded: Embedded,
-    judged: Judged,
-    details: Details,
-    asked: Asked,
-    progress: Progress | None,
-) -> None:
-    of = labelled(test, embedded)
-    classes = zero_shot_classes(model, test, of.names, asked.templates, progress)
-    zero_shot(embedded, of, classes, judged)
-    readable = of.rows >= 0
-    images = embedded.images[of.rows[readable]]
-    if asked.details:
-        show_classification(details, test, of, logit_scale(model) * similarity(images, classes), asked.seed)
-        show_health(details, images)
-    if asked.robustness:
-        details.robustness = of_zero_shot(model, test, embedded, of, classes, asked.seed, progress)
+    def retrieval(self) -> None:
+        texts = embed_captions(self.model, self.test, self.embedded, self.progress)
+        retrieval(self.test, self.embedded, texts, self.judged)
+        if self.asked.details:
+            show_retrieval(self.details, self.test, self.embedded, texts, self.judged.ranks)
+            images, captions = self.embedded.images[texts.captioned], texts.embeddings[texts.rows]
+            show_health(self.details, images, captions, texts.image)
+        if self.asked.robustness:
+            self.details.robustness = of_retrieval(
+                self.model, self.test, self.embedded, texts, self.asked.seed, self.progress
+            )
 
+    def zero_shot(self) -> None:
+        of = labelled(self.test, self.embedded)
+        classes = zero_shot_classes(self.model, self.test, of.names, self.asked.templates, self.progress)
+        zero_shot(self.embedded, of, classes, self.judged)
+        if self.asked.details:
+            images = self.embedded.images[of.rows[of.readable]]
+            logits = logit_scale(self.model) * similarity(images, classes)
+            show_classification(self.details, self.test, of, logits, self.asked.seed)
+            show_health(self.details, images)
+        if self.asked.robustness:
+            self.details.robustness = of_zero_shot(
+                self.model, self.test, self.embedded, of, classes, self.asked.seed, self.progress
+            )
 
-def _probe(
-    model: Encoder,
-    test: TestSet,
-    embedded: Embedded,
-    judged: Judged,
-    details: Details,
-    asked: Asked,
-    found: Evaluation,
-    progress: Progress | None,
-) -> None:
-    """A probe on all that there is to learn from; those of few shots are results of their own."""
-    sets = probe_sets(model, test, embedded, progress)
-    if progress:
-        progress(f"probes of {test.name}", 0, 1)
-    logits = probe(sets, judged, asked.seed).clamp(min=UNSEEN)
-    if asked.details:
-        show_classification(details, test, sets.of, logits, asked.seed)
-    if asked.shots:
-        found.results += few_shot_probes(sets, judged, asked.shots)
-    if progress:
-        progress(f"probes of {test.name}", 1, 1)
+    def probe(self) -> list[Judged]:
+        """A probe on all that there is to learn from; returns those of few shots, which are results of their own."""
+        sets = probe_sets(self.model, self.test, self.embedded, self.progress)
+        if self.progress:
+            self.progress(f"probes of {self.test.name}", 0, 1)
+        logits = probe(sets, self.judged, self.asked.seed).clamp(min=UNSEEN)
+        if self.asked.details:
+            show_classification(self.details, self.test, sets.of, logits, self.asked.seed)
+        few = few_shot_probes(sets, self.judged, self.asked.shots)
+        if self.progress:
+            self.progress(f"probes of {self.test.name}", 1, 1)
+        return few

@@ -114,6 +114,11 @@ class Labelled:
     rows: Tensor
     classes: Tensor
 
+    @property
+    def readable(self) -> Tensor:
+        """Which of the images can be read: bool [images]."""
+        return self.rows >= 0
+
 
 def labelled(test: TestSet, embedded: Embedded) -> Labelled:
     """The pairs with a label, and their classes; raises InputError where there are fewer than two of these."""
@@ -149,15 +154,14 @@ def zero_shot_classes(
 
 def classification(of: Labelled, ranks_of_readable: Tensor, judged: Judged) -> None:
     """Ranks of the right class, 0 = first, of the images that can be read; the others are missed."""
-    readable = of.rows >= 0
     ranks = torch.full((len(of.rows),), MISSED)
-    ranks[readable] = ranks_of_readable
-    judged.items, judged.undecodable = len(ranks), int((~readable).sum())
+    ranks[of.readable] = ranks_of_readable
+    judged.items, judged.undecodable = len(ranks), int((~of.readable).sum())
     judged.skipped = of.pairs - judged.items
     judged.ranks, judged.asked, judged.choices = {"class": ranks}, of.classes, len(of.names)
     judged.metrics = accuracies(ranks, of.classes, len(of.names))
 
 
 def zero_shot(embedded: Embedded, of: Labelled, classes: Tensor, judged: Judged) -> None:
-    readable = of.rows >= 0
-    classification(of, zero_shot_ranks(embedded.images[of.rows[readable]], classes, of.classes[readable]), judged)
+    images, truth = embedded.images[of.rows[of.readable]], of.classes[of.readable]
+    classification(of, zero_shot_ranks(images, classes, truth), judged)

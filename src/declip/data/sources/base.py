@@ -165,12 +165,19 @@ def joined(sources: Sequence[Source], name: str | None = None) -> Source:
     return sources[0] if len(sources) == 1 else Concatenation(sources, name)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Subset:
-    """Some pairs of a source, in the order of the indices (int64 [pairs], rising)."""
+class Wrapped:
+    """Pairs of another source: what a subclass does not change is that source's own.
+
+    A subclass has `source` and its own `__len__`, `shards` and `_index`.
+    """
+
+    __slots__ = ()
 
     source: Source
-    indices: np.ndarray
+
+    def _index(self, i: int) -> int:
+        """Where pair i stands in the source."""
+        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -180,6 +187,29 @@ class Subset:
     def named(self) -> bool:
         return self.source.named
 
+    def __getitem__(self, i: int, /) -> Pair:
+        return self.source[self._index(i)]
+
+    def captions(self, i: int, /) -> tuple[str, ...]:
+        return self.source.captions(self._index(i))
+
+    def key(self, i: int, /) -> str:
+        return self.source.key(self._index(i))
+
+    def label(self, i: int, /) -> str | None:
+        return self.source.label(self._index(i))
+
+    def where(self, i: int, /) -> str:
+        return self.source.where(self._index(i))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subset(Wrapped):
+    """Some pairs of a source, in the order of the indices (int64 [pairs], rising)."""
+
+    source: Source
+    indices: np.ndarray
+
     @property
     def shards(self) -> NDArray[np.int64]:
         return np.unique(np.searchsorted(self.indices, self.source.shards))
@@ -187,17 +217,5 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int, /) -> Pair:
-        return self.source[int(self.indices[i])]
-
-    def captions(self, i: int, /) -> tuple[str, ...]:
-        return self.source.captions(int(self.indices[i]))
-
-    def key(self, i: int, /) -> str:
-        return self.source.key(int(self.indices[i]))
-
-    def label(self, i: int, /) -> str | None:
-        return self.source.label(int(self.indices[i]))
-
-    def where(self, i: int, /) -> str:
-        return self.source.where(int(self.indices[i]))
+    def _index(self, i: int) -> int:
+        return int(self.indices[i])

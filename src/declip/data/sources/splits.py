@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip.data.order import permuted
-from declip.data.sources.base import Pair, Source, Subset, position
+from declip.data.sources.base import Source, Subset, Wrapped, position
 from declip.errors import InputError
 
 BY_KEY = 2**20
@@ -21,7 +21,7 @@ HELD_SHARDS = 64
 """Shards that those are in, or as many as have twice so many pairs: stores are read shard by shard."""
 
 
-class Without:
+class Without(Wrapped):
     """A source without some of its pairs, in memory for those alone."""
 
     def __init__(self, source: Source, removed: NDArray[np.int64]) -> None:
@@ -31,35 +31,12 @@ class Without:
         self._kept_before = removed - np.arange(len(removed))
 
     @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def named(self) -> bool:
-        return self.source.named
-
-    @property
     def shards(self) -> NDArray[np.int64]:
         shards = self.source.shards
         return np.unique(shards - np.searchsorted(self.removed, shards))
 
     def __len__(self) -> int:
         return len(self.source) - len(self.removed)
-
-    def __getitem__(self, i: int, /) -> Pair:
-        return self.source[self._index(i)]
-
-    def captions(self, i: int, /) -> tuple[str, ...]:
-        return self.source.captions(self._index(i))
-
-    def key(self, i: int, /) -> str:
-        return self.source.key(self._index(i))
-
-    def label(self, i: int, /) -> str | None:
-        return self.source.label(self._index(i))
-
-    def where(self, i: int, /) -> str:
-        return self.source.where(self._index(i))
 
     def _index(self, i: int) -> int:
         i = position(i, len(self))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from declip.data.sources import Pair, Source, joined, open_sources
-from declip.data.sources.base import clean_captions
+from declip.data.sources.base import Wrapped, clean_captions
 from declip.data.sources.columns import LABEL_NAMES
 from declip.data.sources.folder import open_folder
 from declip.errors import InputError, first_line
@@ -25,18 +25,10 @@ _NO_CAPTIONS = Data(templates=[])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LinesSource:
+class LinesSource(Wrapped):
     """A source whose captions hold several each, a line a caption, as CLIP benchmark's retrieval shards have them."""
 
     source: Source
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def named(self) -> bool:
-        return self.source.named
 
     @property
     def shards(self) -> NDArray[np.int64]:
@@ -47,19 +39,13 @@ class LinesSource:
 
     def __getitem__(self, i: int, /) -> Pair:
         pair = self.source[i]
-        return Pair(pair.key, pair.image, _lines(pair.captions), pair.label, pair.where)
+        return replace(pair, captions=_lines(pair.captions))
 
     def captions(self, i: int, /) -> tuple[str, ...]:
         return _lines(self.source.captions(i))
 
-    def key(self, i: int, /) -> str:
-        return self.source.key(i)
-
-    def label(self, i: int, /) -> str | None:
-        return self.source.label(i)
-
-    def where(self, i: int, /) -> str:
-        return self.source.where(i)
+    def _index(self, i: int) -> int:
+        return i
 
 
 def read_general(found: Found, parts: Sequence[str], captioned: bool, classes: tuple[str, ...]) -> Read:
