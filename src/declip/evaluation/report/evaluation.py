@@ -104,6 +104,6 @@ def _warning(overlaps: Sequence[Overlap]) -> str:
         for found in ((overlap.data for overlap in leaking), (overlap.model for overlap in leaking))
     )
     return (
-        f'<p class="warning">Images of {sets} were among the training images of {models}:'
+        f'<p class="warning">Images of {sets} are, or nearly are, among the training images of {models}:'
         ' see the <a href="#leak-check">leak check</a>.</p>\n'
     )
