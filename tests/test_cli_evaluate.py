@@ -107,6 +107,25 @@ def test_what_was_trained_on_is_found(models: tuple[str, str], pairs: str, tmp_p
     assert "was not compared with what [mine] was trained on: " in capsys.readouterr().out
 
 
+def test_runs_on_different_parts_of_one_file_are_told_apart(
+    models: tuple[str, str], pairs: str, tmp_path: Path, capsys: Capture
+) -> None:
+    from declip.data.sources import open_sources, take_fraction
+    from declip.explain import commented_toml
+
+    rows = [{"key": f"t{n}", "image": picture(name), "caption": name} for n, name in enumerate(list(COLOURS) * 2)]
+    other = write(tmp_path / "train.parquet", rows)
+    for folder, fraction in zip(models, (0.125, 1.0), strict=True):
+        recipe = load_recipe("clip", [f"data.train={other}", "data.holdout=0", f"data.fraction={fraction}"])
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "recipe.toml").write_text(commented_toml(recipe), encoding="utf-8")
+    assert len(take_fraction(open_sources([other], load_recipe("clip").data), 0.125, 0)) == 1
+    assert main(["evaluate", models[0], pairs, "--against", models[1], "--task", "retrieval", "--json"]) == 0
+    few, all_of_it = json.loads(capsys.readouterr().out)["overlaps"]
+    assert (few["model"], all_of_it["model"]) == models
+    assert (few["exact"], all_of_it["exact"]) == (1, 4)
+
+
 def test_seeds_are_taken_together(models: tuple[str, str], pairs: str, tmp_path: Path, capsys: Capture) -> None:
     from declip.explain import commented_toml
 

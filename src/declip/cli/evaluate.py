@@ -180,20 +180,26 @@ def _overlaps(models: Sequence[str], tests: Sequence[TestSet], unbounded: bool, 
     from declip.training.pairs import open_pairs
 
     found: list[Overlap] = []
-    looked_at: dict[str, Any] = {}
+    looked_at: dict[int, Any] = {}
+    by_data: dict[str, list[Overlap]] = {}  # runs on the same pairs are looked through once
     for model in models:
         recipe = Path(model.removeprefix("local-dir:")) / "recipe.toml"
         if not recipe.is_file():
             continue
-        try:
-            train, _ = open_pairs(load_recipe(str(recipe)).data)
-        except InputError as error:  # the pairs may lie on another machine
-            found += [
-                Overlap(model, test.name, len(test.source), 0, 0, checked=False, reason=str(error)) for test in tests
-            ]
-            continue
-        most = len(train) if unbounded else MOST
-        found += [overlap(model, test.name, test.source, train, progress, looked_at, most) for test in tests]
+        data = load_recipe(str(recipe)).data
+        key = data.model_dump_json()
+        if key not in by_data:
+            try:
+                train, _ = open_pairs(data)
+            except InputError as error:  # the pairs may lie on another machine
+                why = str(error)
+                by_data[key] = [Overlap(model, test.name, len(test.source), 0, 0, (), False, why) for test in tests]
+            else:
+                most = len(train) if unbounded else MOST
+                by_data[key] = [
+                    overlap(model, test.name, test.source, train, progress, looked_at, most) for test in tests
+                ]
+        found += [replace(one, model=model) for one in by_data[key]]
     return found
 
 

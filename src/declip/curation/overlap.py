@@ -24,12 +24,12 @@ def overlap(
     test: Source,
     train: Source,
     progress: Progress | None = None,
-    looked_at: dict[str, Scan] | None = None,
+    looked_at: dict[int, Scan] | None = None,
     most: int = MOST,
 ) -> Overlap:
     """Copies and near copies between the pairs that a model is judged on and those that it was trained on.
 
-    model, data: what they are called; looked_at: scans by name, which are made once for several models or sets.
+    model, data: what they are called; looked_at: scans by the source's id, made once for several models or sets.
     Where there are more than `most` training pairs none are looked through, and that is said.
     """
     if len(train) > most:
@@ -38,9 +38,11 @@ def overlap(
     looked_at = {} if looked_at is None else looked_at
     scans = []
     for what, source in ((f"test pairs {data}", test), (f"training pairs {train.name}", train)):
-        if what not in looked_at:
-            looked_at[what] = scan(source, max(1, (os.cpu_count() or 1) - 1), progress, f"looking for copies: {what}")
-        scans.append(looked_at[what])
+        # Not by name: parts of one file are called alike. A scan holds its source, so that no other has its id.
+        if id(source) not in looked_at:
+            workers = max(1, (os.cpu_count() or 1) - 1)
+            looked_at[id(source)] = scan(source, workers, progress, f"looking for copies: {what}")
+        scans.append(looked_at[id(source)])
     found = find_copies(scans[0], scans[1])
     exact, near = (np.unique(pairs[:, 0]) for pairs in (found.test_exact, found.test_near))
     examples = tuple(test.key(int(row)) for row in np.concatenate([exact, near])[:_SHOWN])
