@@ -84,6 +84,9 @@ def test_arrow_files(tmp_path: Path) -> None:
     for name in ("a.arrow", "b.arrow", "c.feather"):
         assert said(opened(tmp_path / name)) == expected
     assert len(opened(tmp_path / "*.arrow")) == 14
+    noted = table.replace_schema_metadata({"huggingface": json.dumps({"info": INFO})})
+    stream(tmp_path / "a.arrow", noted)
+    assert said(opened(tmp_path / "a.arrow")) == EXPECTED
     (tmp_path / "c.feather").unlink()
     assert len(opened(tmp_path)) == 14
 

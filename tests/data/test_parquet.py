@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import tempfile
@@ -193,6 +194,32 @@ def test_text_that_is_not_utf8(storage: Storage, tmp_path: Path, monkeypatch: py
     with pytest.raises(BrokenPair, match="no caption"):
         source[0]
     assert source[1].captions == ("good",)
+
+
+@pytest.mark.parametrize("limit", [-1, 10**9])
+def test_class_names_that_a_schema_notes(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """As Hugging Face's hub has them, each file its own; -1 is no label, and 2 is past the second file's names."""
+    monkeypatch.setattr(parquet, "IN_MEMORY", limit)
+    paths = []
+    for number, names in enumerate((["cat", "dog", "cow"], ["dog", "cat"])):
+        noted = json.dumps({"info": {"features": {"key": {"dtype": "string"}, "label": {"names": names}}}})
+        table = pa.Table.from_pylist([*rows(3), {**rows(1)[0], "label": -1}])
+        pq.write_table(table.replace_schema_metadata({"huggingface": noted}), tmp_path / f"{number}.parquet")
+        paths.append(str(tmp_path / f"{number}.parquet"))
+    source = opened(storage, *paths)
+    assert [pair.label for pair in source] == ["cat", "dog", "cow", None, "dog", "cat", None, None]
+    assert [pickle.loads(pickle.dumps(source)).label(i) for i in (0, 4)] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "noted", [b"no json", b"[]", b'{"info": {"features": []}}', b'{"info": {"features": {"label": 1}}}']
+)
+def test_notes_that_say_no_names(storage: Storage, tmp_path: Path, noted: bytes) -> None:
+    table = pa.Table.from_pylist(rows(2)).replace_schema_metadata({"huggingface": noted})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [pair.label for pair in opened(storage, str(tmp_path / "a.parquet"))] == ["0", "1"]
 
 
 # What is wrong

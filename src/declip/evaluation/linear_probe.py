@@ -131,14 +131,6 @@ class FewShotResult:
     shots: int
     runs: list[ProbeResult]
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The mean over seeds of each metric, in percent, and ``top1_std``, the seeds' standard deviation."""
-        rows = [run.metrics for run in self.runs]
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        spread = torch.tensor([row["top1"] for row in rows], dtype=torch.float64).std(correction=0)
-        return {**means, "top1_std": float(spread)}
-
 
 def few_shot(
     train: Features,

@@ -41,9 +41,12 @@ def open_tests(
         raise InputError("No data was given: name pairs, or a known set (declip evaluate --list).")
     if doubled := next((spec for spec in specs if specs.count(spec) > 1), None):
         raise InputError(f"{doubled} is named twice: once is enough.")
-    options, train = options or Data(), [train] if isinstance(train, str) else list(train)
+    options = options or Data()
+    if "retrieval" not in (tasks or ()):  # sentences made of class names are no captions to be found again
+        options = options.model_copy(update={"templates": []})
+    learnt = _labelled([train] if isinstance(train, str) else list(train), options) if train else None
     return [
-        _known(spec, tasks, Path(root), fetch) if _is_name(spec) else _own(spec, tasks, options, train)
+        _known(spec, tasks, Path(root), fetch) if _is_name(spec) else _own(spec, tasks, options, learnt)
         for spec in specs
     ]
 
@@ -53,17 +56,19 @@ def _is_name(spec: str) -> bool:
     return not (os.path.exists(os.path.expanduser(spec)) or any(sign in spec for sign in "/\\.:*{"))
 
 
-def _own(spec: str, tasks: Sequence[str] | None, options: Data, train: list[str]) -> TestSet:
+def _own(spec: str, tasks: Sequence[str] | None, options: Data, train: TestSet | None) -> TestSet:
     folder = Path(spec).expanduser()
     if (folder / "train").is_dir() and (judged := next((s for s in _JUDGED if (folder / s).is_dir()), None)):
-        spec, train = str(folder / judged), train or [str(folder / "train")]
-    if "retrieval" not in (tasks or ()):  # sentences made of class names are no captions to be found again
-        options = options.model_copy(update={"templates": []})
+        spec, train = str(folder / judged), train or _labelled([str(folder / "train")], options)
     source = open_sources([spec], options, need_captions="retrieval" in (tasks or ()))
-    learnt = open_sources(train, options, need_captions=False) if train else None
-    if learnt is None and "linear-probe" in (tasks or ()):
+    if train is None and "linear-probe" in (tasks or ()):
         raise InputError(f"A linear probe on {spec} has nothing to learn from: give labelled pairs with --train.")
-    return TestSet(spec, source, train=None if learnt is None else TestSet(learnt.name, learnt))
+    return TestSet(spec, source, train=train)
+
+
+def _labelled(specs: list[str], options: Data) -> TestSet:
+    source = open_sources(specs, options, need_captions=False)
+    return TestSet(source.name, source)
 
 
 def _known(name: str, tasks: Sequence[str] | None, root: Path, fetch: bool) -> TestSet:

@@ -14,6 +14,7 @@ from declip.evaluation.embedding import Embedded, Encoder, embed_source
 from declip.evaluation.judged import Judged
 from declip.evaluation.linear_probe import Features, ProbeResult, few_shot, linear_probe
 from declip.evaluation.sets import TestSet
+from declip.evaluation.statistics import over_seeds
 from declip.evaluation.tasks import Labelled, classification, labelled
 
 
@@ -27,9 +28,12 @@ class ProbeSets:
     of: Labelled
 
 
-def probe_sets(model: Encoder, test: TestSet, embedded: Embedded, progress: Progress | None) -> ProbeSets:
+def probe_sets(
+    model: Encoder, test: TestSet, embedded: Embedded, known: dict[int, Embedded], progress: Progress | None
+) -> ProbeSets:
     """Embed what the probe learns from. Features are the normalised embeddings that are searched with too.
 
+    known: what the model has embedded of sources, by their ids; what is embedded here is added.
     Raises InputError where there is nothing to learn from, or the model compares tokens.
     """
     if test.train is None:
@@ -37,7 +41,10 @@ def probe_sets(model: Encoder, test: TestSet, embedded: Embedded, progress: Prog
     if embedded.images.ndim != 2:
         raise InputError(f"{model.name} compares tokens: an image has no one embedding that a probe could learn from.")
     parts = [part for part in (test.train, test.validation) if part is not None]
-    learnt = [(part, embed_source(model, part.source, part.name, progress)) for part in parts]
+    for part in parts:
+        if id(part.source) not in known:
+            known[id(part.source)] = embed_source(model, part.source, part.name, progress)
+    learnt = [(part, known[id(part.source)]) for part in parts]
     classes = test.classes
     if classes is None:  # labels that are names: whatever either set has
         names = {label for _, one in [(test, embedded), *learnt] for label in one.labels if label is not None}
@@ -62,16 +69,25 @@ def probe(sets: ProbeSets, judged: Judged, seed: int) -> Tensor:
 
 
 def few_shot_probes(sets: ProbeSets, judged: Judged, shots: Sequence[int]) -> list[Judged]:
-    """Probes on k images of each class: the mean over the draws, with their standard deviation as a setting."""
+    """Probes on k images of each class: the mean over the draws, with Student's interval of it.
+
+    The setting `top1_deviation` has the standard deviation of single draws.
+    """
     rows = []
     for found in few_shot(
         sets.train, sets.test, sets.validation, classes=len(sets.of.names), shots=shots, device=_device()
     ):
         runs = [_judged(sets.of, run, judged) for run in found.runs]
-        metrics = {name: sum(run.metrics[name] for run in runs) / len(runs) for name in runs[0].metrics}
-        deviation = torch.tensor([run.metrics["top1"] for run in runs], dtype=torch.float64).std()
-        settings = {"shots": found.shots, "seeds": len(runs), "top1_deviation": float(deviation)}
-        rows.append(replace(runs[0], metrics=metrics, ranks={}, settings=settings))
+        figures = {name: over_seeds([run.metrics[name] for run in runs]) for name in runs[0].metrics}
+        rows.append(
+            replace(
+                runs[0],
+                metrics={name: figure.mean for name, figure in figures.items()},
+                intervals={name: (figure.low, figure.high) for name, figure in figures.items()},
+                ranks={},
+                settings={"shots": found.shots, "seeds": len(runs), "top1_deviation": figures["top1"].deviation},
+            )
+        )
     return rows
 
 

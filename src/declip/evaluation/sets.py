@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 
 from declip.data.sources import Source
 from declip.errors import InputError
+
+_SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
@@ -39,22 +42,38 @@ class TestSet:
     folds: int = 1
 
 
+def check_classes(where: str, names: Sequence[str], *, repeated: bool = False) -> None:
+    """Class names that images can be told apart by. repeated: of a published list, in which a name may stand twice.
+
+    Raises InputError where one is empty, two are the same, or there are fewer than two.
+    """
+    if empty := [number for number, name in enumerate(names) if not name.strip()]:
+        raise InputError(f"{where}: the name of class {empty[0]} is empty, so no prompt can be made of it: name it.")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice and not repeated:
+        raise InputError(
+            f"{where}: {len(twice)} class names stand for several classes ({', '.join(twice[:_SHOWN])}): prompts could "
+            "not tell them apart, so give each class a name of its own."
+        )
+    if len(names) < 2:
+        found = f"only the class {names[0]!r}" if names else "no labels"
+        raise InputError(
+            f"{where} has {found}, so it cannot be classified: name the label column, or leave that task out."
+        )
+
+
 def class_numbers(
     labels: Sequence[str | None], classes: Sequence[str] | None, whose: str
 ) -> tuple[list[str], list[int]]:
     """The class names, and the number of each label's class, -1 where there is no label.
 
     classes: in the order of their numbers; by default the sorted labels.
-    Raises InputError where a class is named twice or not at all, a label is none of them, or there is only one.
+    Raises InputError as ``check_classes`` does, and where a label is none of them.
     """
     found = sorted({label for label in labels if label is not None})
     names = list(found if classes is None else classes)
-    if blank := [number for number, name in enumerate(names) if not name.strip()]:
-        raise InputError(f"{whose}: class {blank[0]} has an empty name: give every class a name.")
+    check_classes(whose, names)
     position = {name: number for number, name in enumerate(names)}
-    if len(position) < len(names):
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"{whose}: the class {doubled!r} is named twice: a label could mean either.")
     if outside := [label for label in found if label not in position]:
         raise InputError(
             f"{whose}: the label {outside[0]!r} is none of the {len(names)} classes"

@@ -84,8 +84,11 @@ def evaluate_models(
     found, open_models, groups = Evaluation(), openers(models, precision), same_but_for_seed(models)
     for open_model in open_models:
         model = open_model()
-        for test in tests:
-            _judge(model, test, asked, found, progress)
+        learnt: dict[int, Embedded] = {}  # sets may share what their probes learn from
+        for done, test in enumerate(tests, 1):
+            _judge(model, test, asked, found, learnt, progress)
+            needed = {id(part.source) for later in tests[done:] for part in (later.train, later.validation) if part}
+            learnt = {source: embedded for source, embedded in learnt.items() if source in needed}
     metrics = {test.name: test.metric for test in tests}
     for ours, theirs in combinations(found.results, 2):
         if ours.model != theirs.model and same_queries(ours, theirs):
@@ -94,7 +97,14 @@ def evaluate_models(
     return found
 
 
-def _judge(model: Encoder, test: TestSet, asked: Asked, found: Evaluation, progress: Progress | None) -> None:
+def _judge(
+    model: Encoder,
+    test: TestSet,
+    asked: Asked,
+    found: Evaluation,
+    learnt: dict[int, Embedded],
+    progress: Progress | None,
+) -> None:
     """One model on one set, task by task."""
     embedded = embed_source(model, test.source, test.name, progress)
     for task in asked.tasks or possible_tasks(test, embedded):
@@ -105,7 +115,7 @@ def _judge(model: Encoder, test: TestSet, asked: Asked, found: Evaluation, progr
         elif task == "zero-shot":
             judging.zero_shot()
         else:
-            found.results += judging.probe()
+            found.results += judging.probe(learnt)
         add_intervals(judged, asked.seed)
         found.results.append(judged)
         found.details += [judging.details] * asked.details
@@ -149,9 +159,9 @@ class _Judging:
                 self.model, self.test, self.embedded, of, classes, self.asked.seed, self.progress
             )
 
-    def probe(self) -> list[Judged]:
+    def probe(self, learnt: dict[int, Embedded]) -> list[Judged]:
         """A probe on all that there is to learn from; returns those of few shots, which are results of their own."""
-        sets = probe_sets(self.model, self.test, self.embedded, self.progress)
+        sets = probe_sets(self.model, self.test, self.embedded, learnt, self.progress)
         if self.progress:
             self.progress(f"probes of {self.test.name}", 0, 1)
         logits = probe(sets, self.judged, self.asked.seed).clamp(min=UNSEEN)

@@ -15,7 +15,7 @@ from declip.evaluation.class_cache import cached_class_embeddings
 from declip.evaluation.embedding import Embedded, Encoder, check_finite, embed_texts
 from declip.evaluation.judged import MISSED, Judged
 from declip.evaluation.retrieval import metrics_of_ranks, retrieval_ranks
-from declip.evaluation.sets import TestSet, class_numbers
+from declip.evaluation.sets import TestSet, check_classes, class_numbers
 from declip.evaluation.zero_shot import metrics_of_ranks as accuracies
 from declip.evaluation.zero_shot import zero_shot_ranks
 from declip.model.prompts import resolve_templates
@@ -126,11 +126,7 @@ def labelled(test: TestSet, embedded: Embedded) -> Labelled:
         names, numbers = class_numbers(embedded.labels, test.classes, test.name)
     else:
         names, numbers = list(test.classes or ()), test.labels.tolist()
-    if len(names) < 2:
-        found = f"only the class {names[0]!r}" if names else "no labels"
-        raise InputError(
-            f"{test.name} has {found}, so it cannot be classified: name the label column, or leave that task out."
-        )
+        check_classes(test.name, names, repeated=True)
     place = torch.full((len(numbers),), -1)
     place[embedded.rows] = torch.arange(len(embedded.rows))
     classes = torch.tensor(numbers)

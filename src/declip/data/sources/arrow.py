@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from declip.data.sources.base import Source, Subset, one_shard
+from declip.data.sources.class_labels import ClassNames, names_in_features, names_in_schema
 from declip.data.sources.columns import IMAGE_NAMES, find_columns
 from declip.data.sources.table import TableSource, table_of
 from declip.data.storage import Storage, parent
@@ -50,9 +51,9 @@ def open_dataset(spec: str, folder: Path, data: Data, need_captions: bool) -> So
     if not files:
         raise InputError(f"{spec} cannot be read as a Hugging Face dataset: its state.json names no files.")
     info = folder / "dataset_info.json"
-    features = _json(info).get("features") if info.is_file() else None
+    classes = names_in_features(_json(info).get("features")) if info.is_file() else {}
     rows = _mapped(spec, files, "a Hugging Face dataset")
-    table = _source(spec, str(folder), rows, data, need_captions, features if isinstance(features, dict) else {})
+    table = _source(spec, str(folder), rows, data, need_captions, classes)
     if not (index_files := _file_names(folder, state.get("_indices_files"))):
         return replace(table, opened_by=(open_dataset, (spec, folder, data, need_captions)))
     chosen = _mapped(spec, index_files, "a Hugging Face dataset")
@@ -67,7 +68,7 @@ def open_dataset(spec: str, folder: Path, data: Data, need_captions: bool) -> So
 def open_arrow(spec: str, path: str, data: Data, need_captions: bool) -> TableSource:
     """Open an .arrow or .feather file, of the stream or the file format. Raises InputError as ``open_dataset``."""
     rows = _mapped(spec, [Storage.of(data).local(path)], "an Arrow file")
-    table = _source(spec, parent(path), rows, data, need_captions, {})
+    table = _source(spec, parent(path), rows, data, need_captions, names_in_schema(rows.schema.metadata))
     return replace(table, opened_by=(open_arrow, (spec, path, data, need_captions)))
 
 
@@ -89,29 +90,11 @@ def _mapped(spec: str, files: Sequence[Path], what: str) -> pa.Table:
 
 
 def _source(
-    spec: str, folder: str, rows: pa.Table, data: Data, need_captions: bool, features: dict[str, Any]
+    spec: str, folder: str, rows: pa.Table, data: Data, need_captions: bool, classes: ClassNames
 ) -> TableSource:
     types = dict(zip(rows.schema.names, rows.schema.types, strict=True))
     columns = find_columns(spec, types, data, IMAGE_NAMES, need_captions=need_captions)
-    source = table_of(spec, folder, Storage.of(data), need_captions, columns, rows, rows[columns.image])
-    label = source.label_column
-    feature = features.get(columns.label) if columns.label else None
-    names = feature.get("names") if isinstance(feature, dict) else None
-    if label is None or not pa.types.is_integer(label.type) or not (isinstance(names, list) and names):
-        return source
-    return replace(source, label_column=_named(label, [str(name) for name in names]))
-
-
-def _named(numbers: Any, names: list[str]) -> Any:
-    """The names of a ClassLabel column's numbers; null for -1, which stands for no label, and for any other."""
-    chunks: list[Any] = []
-    for chunk in numbers.chunks:
-        values = chunk.fill_null(-1).to_numpy(zero_copy_only=False)
-        known = (values >= 0) & (values < len(names))
-        indices = pa.array(np.where(known, values, 0), pa.int32(), mask=~known)
-        chunks.append(pa.DictionaryArray.from_arrays(indices, pa.array(names)))
-    kind: Any = pa.dictionary(pa.int32(), pa.string())
-    return pa.chunked_array(chunks, kind)
+    return table_of(spec, folder, Storage.of(data), need_captions, columns, rows, rows[columns.image], classes)
 
 
 def _file_names(folder: Path, files: object) -> list[Path]:

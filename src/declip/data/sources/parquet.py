@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from declip.data.sources.base import Pair, one_shard, position
+from declip.data.sources.class_labels import ClassNames, names_in_schema
 from declip.data.sources.columns import IMAGE_NAMES, Columns, find_columns
 from declip.data.sources.table import TableSource, table_of
 from declip.data.storage import Storage, is_remote, parent
@@ -34,13 +35,14 @@ _TRIES = 5  # to map a file of the cache that another process may drop
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What the footer of a file says. rows: of each row group; size: bytes of all columns, unpacked."""
+    """What the footer of a file says. rows: of each row group; size: bytes of all columns, unpacked; classes: names."""
 
     path: str
     version: str
     rows: tuple[int, ...]
     types: dict[str, Any]
     size: int
+    classes: ClassNames
 
 
 def open_parquet(
@@ -76,7 +78,7 @@ def _footer(said: str, path: str, storage: Storage) -> _File:
         # Of all columns: in a damaged file, asking for a single one's can abort the process (pyarrow 26).
         size = sum(group.total_byte_size for group in groups)
         types = dict(zip(schema.names, schema.types, strict=True))
-        return _File(path, version, rows, types, size)
+        return _File(path, version, rows, types, size, names_in_schema(schema.metadata))
 
 
 @contextmanager
@@ -185,9 +187,8 @@ class ParquetSource:
 
     def _table(self, part: int, rows: Any, images: Any) -> TableSource:
         file = self.files[self._parts[part, 0]]
-        table = table_of(
-            self._said(file), parent(file.path), self.storage, self.need_captions, self.columns, rows, images
-        )
+        folder, said = parent(file.path), self._said(file)
+        table = table_of(said, folder, self.storage, self.need_captions, self.columns, rows, images, file.classes)
         return replace(table, first=int(self._parts[part, 2]))
 
     def _unpacked(self, part: int, names: Sequence[str], *, images: bool) -> pa.Table:

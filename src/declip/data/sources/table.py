@@ -12,6 +12,7 @@ import pyarrow.types as kinds
 from numpy.typing import NDArray
 
 from declip.data.sources.base import BrokenPair, Pair, clean_captions, one_shard, position
+from declip.data.sources.class_labels import ClassNames, with_names
 from declip.data.sources.columns import Columns, is_list, is_text
 from declip.data.storage import Storage, is_remote, join
 
@@ -121,9 +122,16 @@ class TableSource:
 
 
 def table_of(
-    file: str, folder: str, storage: Storage, need_captions: bool, columns: Columns, rows: Any, images: Any
+    file: str,
+    folder: str,
+    storage: Storage,
+    need_captions: bool,
+    columns: Columns,
+    rows: Any,
+    images: Any,
+    classes: ClassNames,
 ) -> TableSource:
-    """The pairs of an Arrow table. images: their column, which need not be among `rows`."""
+    """The pairs of an Arrow table. images: their column, which need not be among `rows`; classes: noted names."""
     return TableSource(
         name=file,
         file=file,
@@ -132,6 +140,6 @@ def table_of(
         need_captions=need_captions,
         image_column=images,
         caption_columns=[rows[column] for column in columns.captions],
-        label_column=rows[columns.label] if columns.label else None,
+        label_column=with_names(rows[columns.label], classes.get(columns.label, ())) if columns.label else None,
         key_column=rows[columns.key] if columns.key else None,
     )

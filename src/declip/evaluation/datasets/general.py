@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from declip.data.sources import Pair, Source, joined, open_sources
 from declip.data.sources.base import Wrapped, clean_captions
+from declip.data.sources.class_labels import names_in_features, names_in_schema
 from declip.data.sources.columns import LABEL_NAMES
 from declip.data.sources.folder import open_folder
 from declip.errors import InputError, first_line
@@ -97,11 +98,6 @@ def _shards(folder: Path, split: str, captioned: bool) -> Read:
     return Read(source, numbered(source, classes), classes, tuple(resolve_templates(prompts)) if prompts else ())
 
 
-def read_own(path: str) -> Read:
-    """Labelled pairs of the user's own, of any kind; their classes are the sorted set of the labels."""
-    return _table(path, open_sources([path], _NO_CAPTIONS, need_captions=False), False, _noted_classes(path))
-
-
 def _table(where: str, source: Source, captioned: bool, classes: tuple[str, ...]) -> Read:
     """Pairs whose labels are names, or numbers of the given classes."""
     if captioned:
@@ -130,16 +126,12 @@ def _noted_classes(path: str) -> tuple[str, ...]:
     info = Path(path) / "dataset_info.json"
     try:
         if info.is_file():
-            noted = json.loads(info.read_text("utf-8"))
-        elif path.endswith(".parquet"):
-            noted = json.loads((pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}"))["info"]
+            noted = names_in_features(json.loads(info.read_text("utf-8")).get("features"))
         else:
-            return ()
-        features = noted["features"]
-        names = features[next(name for name in LABEL_NAMES if name in features)]["names"]
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+            noted = names_in_schema(pq.read_schema(path).metadata) if path.endswith(".parquet") else {}
+    except (OSError, ValueError, AttributeError):
         return ()
-    return tuple(str(name) for name in names) if isinstance(names, list) else ()
+    return next((noted[name] for name in LABEL_NAMES if name in noted), ())
 
 
 def _as_prompts_say(noted: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:

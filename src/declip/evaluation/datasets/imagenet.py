@@ -11,7 +11,7 @@ from declip.data.sources import Source
 from declip.data.sources.base import Subset
 from declip.data.sources.folder import open_folder
 from declip.data.sources.table import TableSource
-from declip.errors import InputError, first_line
+from declip.errors import InputError
 from declip.evaluation.datasets.catalogue import Benchmark
 from declip.evaluation.datasets.labelled import Labels, Read
 from declip.evaluation.datasets.names import class_names, wordnet_ids
@@ -41,34 +41,18 @@ def read_imagenet_v2(known: Benchmark, folder: Path, split: str) -> Read:
 def read_objectnet(known: Benchmark, folder: Path, split: str) -> Read:
     """The images of ObjectNet's 113 classes that ImageNet has too (Barbu et al. 2019), with ObjectNet's names for them.
 
-    A class stands for one or several of ImageNet's. What is what, the release says in its ``mappings``.
+    Which these are, the release says in its ``mappings``.
     """
     mappings = folder / "mappings"
     name_of_folder = read_json(mappings / "folder_to_objectnet_label.json")
-    imagenet_names = read_json(mappings / "objectnet_to_imagenet_1k.json")
-    number_in_pytorch = {
-        str(line): number for number, line in read_json(mappings / "pytorch_to_imagenet_2012_id.json").items()
-    }
-    try:
-        listed = (mappings / "imagenet_to_label_2012_v2").read_text("utf-8").splitlines()
-        number_of_name = {name.strip(): int(number_in_pytorch[str(line)]) for line, name in enumerate(listed)}
-        stands_for = {
-            name: tuple(number_of_name[one.strip()] for one in ones.split(";")) for name, ones in imagenet_names.items()
-        }
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{mappings} does not fit together ({first_line(error)}): unpack ObjectNet anew.") from None
-    kept = sorted(one for one, name in name_of_folder.items() if name in stands_for)
+    of_imagenet = read_json(mappings / "objectnet_to_imagenet_1k.json")
+    kept = sorted(one for one, name in name_of_folder.items() if name in of_imagenet)
     source, of_folder = _folders(folder / "images")
     numbers = {one: number for number, one in enumerate(kept)}
     labels = np.array([numbers.get(one, -1) for one in of_folder], np.int64)
     judged = np.flatnonzero(labels >= 0)
-    names = [str(name_of_folder[one]) for one in kept]
-    return Read(
-        Subset(source, judged),
-        labels[judged],
-        tuple(name.lower() for name in names),
-        imagenet=tuple(stands_for[name] for name in names),
-    )
+    names = tuple(str(name_of_folder[one]).lower() for one in kept)
+    return Read(Subset(source, judged), labels[judged], names)
 
 
 def _by_folder(folder: Path, ids: Sequence[str], imagenet: Sequence[int]) -> Read:
@@ -83,7 +67,7 @@ def _by_folder(folder: Path, ids: Sequence[str], imagenet: Sequence[int]) -> Rea
             )
     labels: Labels = np.array([numbers[name] for name in of_folder], np.int64)
     names = class_names("imagenet1k")
-    return Read(source, labels, tuple(names[i] for i in imagenet), imagenet=tuple((i,) for i in imagenet))
+    return Read(source, labels, tuple(names[i] for i in imagenet))
 
 
 def _folders(folder: Path) -> tuple[Source, list[str]]:

@@ -19,8 +19,6 @@ from declip.pairs import Data
 
 Labels = NDArray[np.int64]
 
-_SHOWN = 3  # names in a message
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledSource:
@@ -29,8 +27,7 @@ class LabelledSource:
     name: of the benchmark, or what the user called the data; split: which one this is; source: its images; labels:
     the class of each image, ``[images]``, () of a set that has captions only; classes: their names, as prompts say
     them; templates: prompts with ``{}``; metric: what is reported of it; folds: into how many parts, in order, it is
-    cut for retrieval; imagenet: for each class the classes of ImageNet that it stands for, where it stands for any, so
-    that scores of all 1,000 can be restricted to these (a class's score is its greatest).
+    cut for retrieval.
     """
 
     name: str
@@ -41,7 +38,6 @@ class LabelledSource:
     templates: tuple[str, ...]
     metric: Metric
     folds: int = 1
-    imagenet: tuple[tuple[int, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -58,25 +54,6 @@ class Read:
     labels: Labels | None = None
     classes: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
-    imagenet: tuple[tuple[int, ...], ...] | None = None
-
-
-def check_classes(where: str, classes: Sequence[str], *, repeated: bool = False) -> None:
-    """Class names that prompts can be made of. repeated: of a published list, in which names may stand twice.
-
-    Raises InputError where one is empty, two are the same, or there are fewer than two.
-    """
-    if empty := [number for number, name in enumerate(classes) if not name.strip()]:
-        raise InputError(f"{where}: the name of class {empty[0]} is empty, so no prompt can be made of it: name it.")
-    twice = [name for name, count in Counter(classes).items() if count > 1]
-    if twice and not repeated:
-        raise InputError(
-            f"{where}: {len(twice)} class names stand for several classes ({', '.join(twice[:_SHOWN])}): prompts could "
-            "not tell them apart, so give each class a name of its own."
-        )
-    if len(classes) < 2:
-        found = f"only the class {classes[0]!r}" if classes else "no class names"
-        raise InputError(f"{where} has {found}: at least two classes are needed to tell them apart.")
 
 
 def check_labels(where: str, source: Source, labels: Labels, classes: int) -> None:

@@ -13,9 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
-"""For sets that are no known benchmark."""
-
 _TIMM_LISTS = {
     "imagenet": "imagenet_synsets.txt",
     "imagenet-a": "imagenet_a_synsets.txt",

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from declip.errors import InputError
-from declip.evaluation.datasets.catalogue import BENCHMARKS, Benchmark, benchmark, is_benchmark
+from declip.evaluation.datasets.catalogue import BENCHMARKS, Benchmark, benchmark
 from declip.evaluation.datasets.layouts import GENERAL, Found, parts_of_split, splits_there
 from declip.evaluation.datasets.layouts import find as find_layout
-from declip.evaluation.datasets.names import DEFAULT_TEMPLATES, class_names, templates
+from declip.evaluation.datasets.names import class_names, templates
 
 if TYPE_CHECKING:
     from declip.evaluation.datasets.labelled import LabelledSource, Read
@@ -26,23 +26,19 @@ def find(name: str, root: str | Path | None) -> Found | None:
     return None if root is None else find_layout(known.name, Path(root).expanduser())
 
 
-def open_dataset(name: str, root: str | Path | None = None, split: str | None = None) -> LabelledSource:
-    """Open a benchmark by its name, or labelled images of the user's own by their path.
+def open_dataset(name: str, root: str | Path, split: str | None = None) -> LabelledSource:
+    """Open a benchmark.
 
     Args:
-        name: of a benchmark, in any spelling that ``benchmark`` takes; else a path that ``open_sources`` takes.
-        root: the folder that benchmarks are looked for in.
+        name: in any spelling that ``benchmark`` takes.
+        root: the folder that it is looked for in.
         split: which one; by default the one that the benchmark is judged on. ``train`` and ``test`` also stand for
-            what is used as such, as ``trainval`` is of Oxford-IIIT Pets. Of the user's own, a folder in the path.
+            what is used as such, as ``trainval`` is of Oxford-IIIT Pets.
 
     Raises InputError where there is no such dataset or split, its files are not found or not whole, a label is outside
     the class list, a class name is empty or there twice, or all images are of one class.
     """
-    if not is_benchmark(name) and (set(name) & set("/.:*") or Path(name).exists()):
-        return _open_own(name, split)
     known = benchmark(name)
-    if root is None:
-        raise InputError(f"{known.title} is looked for nowhere: say --root, the folder that {known.needs} is in.")
     chosen = _split(known, split)
     found = find_layout(known.name, Path(root).expanduser())
     if found is None:
@@ -78,7 +74,8 @@ def _split(known: Benchmark, split: str | None) -> str:
 def _labelled(known: Benchmark, split: str, found: Found) -> LabelledSource:
     import numpy as np
 
-    from declip.evaluation.datasets.labelled import LabelledSource, check_classes, check_labels
+    from declip.evaluation.datasets.labelled import LabelledSource, check_labels
+    from declip.evaluation.sets import check_classes
 
     read = _general(known, split, found) if found.layout in GENERAL else _read(known, split, found)
     where = f"{known.title} in {found.folder}"
@@ -102,7 +99,6 @@ def _labelled(known: Benchmark, split: str, found: Found) -> LabelledSource:
         templates=prompts,
         metric=known.metric,
         folds=known.folds,
-        imagenet=read.imagenet,
     )
 
 
@@ -141,22 +137,3 @@ def _read(known: Benchmark, split: str, found: Found) -> Read:
         "tokens": captioned.read_tokens,
     }
     return readers[found.layout](known, found.folder, split)
-
-
-def _open_own(path: str, split: str | None) -> LabelledSource:
-    """Labelled images of the user's own, with the default template."""
-    import os
-
-    from declip.evaluation.datasets.general import read_own
-    from declip.evaluation.datasets.labelled import LabelledSource, check_classes, check_labels
-
-    place = os.path.expanduser(path)
-    if split is not None:
-        if not os.path.isdir(os.path.join(place, split)):
-            raise InputError(f"{path} has no folder {split}: put the images of that split there, or name no split.")
-        place = os.path.join(place, split)
-    read = read_own(place)
-    assert read.labels is not None
-    check_classes(place, read.classes)
-    check_labels(place, read.source, read.labels, len(read.classes))
-    return LabelledSource(path, split or "all", read.source, read.labels, read.classes, DEFAULT_TEMPLATES, "accuracy")
