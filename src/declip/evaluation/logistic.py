@@ -25,6 +25,7 @@ from torch import Tensor
 
 from declip.errors import InputError
 from declip.evaluation.retrieval import chunks
+from declip.model.products import product
 
 # At most so many logits at once: what stays in a CPU's caches, what keeps a GPU busy.
 _LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
@@ -77,14 +78,15 @@ class LogisticProblem:
         self.labels = labels.to(features.device)
         self.mean = features.mean(0, dtype=torch.float64).to(features.dtype)
         centred = features - self.mean
-        spread = (centred.T @ centred).double()
+        spread = product(centred.T, centred).double()
         if not spread.isfinite().all():
             raise InputError("The features are too large for their squares to be computed: divide them by a constant.")
         variances, axes = torch.linalg.eigh(spread)
         self.axes = axes.to(features.dtype)
         # The last column belongs to the intercept.
         self.rows = features.new_ones(rows, width + 1)
-        torch.mm(centred, self.axes, out=self.rows[:, :-1])
+        for part in chunks(rows, width, _LOGITS_AT_ONCE["cpu"] // width + 1):
+            self.rows[part, :-1] = product(centred[part], self.axes)
         self.spread = torch.cat([variances.clamp(min=0), variances.new_tensor([rows])]).to(features.dtype)
 
     def first(self, rows: int) -> LogisticProblem:
@@ -146,7 +148,7 @@ class LogisticProblem:
         # Classes before rows: then reductions over classes run along whole rows of memory, however few they are.
         for part in chunks(len(self.rows), len(flat), step):
             rows, labels = self.rows[part], self.labels[part]
-            logits = (flat @ rows.T).view(count, classes, len(rows))
+            logits = product(flat, rows.T).view(count, classes, len(rows))
             own = labels.expand(count, 1, -1)
             logits -= logits.amax(1, keepdim=True)
             value -= logits.gather(1, own).sum((1, 2), dtype=torch.float64)
@@ -154,7 +156,7 @@ class LogisticProblem:
             value += total.log().sum((1, 2), dtype=torch.float64)
             logits /= total
             logits.scatter_add_(1, own, torch.full_like(total, -1))
-            gradient.view(-1, width).addmm_(logits.view(-1, len(rows)), rows)
+            gradient.view(-1, width).add_(product(logits.view(-1, len(rows)), rows))
         penalised = weights[..., :-1]
         value += strengths / 2 * penalised.square().sum((1, 2), dtype=torch.float64)
         gradient[..., :-1] += strengths[:, None, None] * penalised

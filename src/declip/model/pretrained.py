@@ -21,6 +21,7 @@ from declip.model.export import FinishedModel, is_open_clip_folder, load_strictl
 from declip.model.heads import TokenMappings
 from declip.model.huggingface import is_huggingface_folder, read_huggingface
 from declip.model.preparation import Preparation
+from declip.model.products import by_onednn
 from declip.model.released import read_released
 from declip.model.token_similarity import similarity
 from declip.model.towers import CONTEXT_LENGTH, NORMS, Towers, build_from_config
@@ -197,20 +198,21 @@ class LoadedModel:
 
         float32 [images, dim], or [images, tokens, dim] of a model that compares tokens.
         """
-        embeddings = [
-            embed_images(self.clip, torch.stack(part).to(self.device, self.image_dtype), self.token_wise).cpu()
-            for part in _batches((self.preprocess(_open_image(image)) for image in _many(images)), batch_size)
-        ]
-        return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
+        prepared = (self.preprocess(_open_image(image)) for image in _many(images))
+        return self._embedded(torch.stack(part).to(self.device) for part in _batches(prepared, batch_size))
 
     @torch.inference_mode()
     def encode_prepared(self, images: Sequence[Pixels], batch_size: int = 64) -> Tensor:
         """As `encode_image`, of what `prepare` has made of image files, say in other processes."""
-        parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
-        embeddings = [
-            embed_images(self.clip, self.prepare.batch(part, self.device).to(self.image_dtype), self.token_wise).cpu()
-            for part in parts
-        ]
+        parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+        return self._embedded(self.prepare.batch(part, self.device) for part in parts)
+
+    def _embedded(self, batches: Iterable[Tensor]) -> Tensor:
+        """Embeddings of pixels, a batch after the other."""
+        fast, embeddings = by_onednn(self.device), []
+        for pixels in batches:
+            with fast:
+                embeddings.append(embed_images(self.clip, pixels.to(self.image_dtype), self.token_wise).cpu())
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
     @torch.no_grad()
@@ -223,10 +225,11 @@ class LoadedModel:
             raise InputError(f"{self.name} holds an image tower alone: it cannot embed texts.")
         texts = [texts] if isinstance(texts, str) else texts
         pad = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None) or 0
-        embeddings = [
-            embed_texts(self.clip, self.tokenizer(part).to(self.device), pad, self.token_wise).cpu()
-            for part in _batches(iter(texts), batch_size)
-        ]
+        fast, embeddings = by_onednn(self.device), []
+        for part in _batches(iter(texts), batch_size):
+            tokens = self.tokenizer(part).to(self.device)
+            with fast:
+                embeddings.append(embed_texts(self.clip, tokens, pad, self.token_wise).cpu())
         return torch.cat(embeddings) if embeddings else torch.empty(0, 0)
 
     @torch.no_grad()
