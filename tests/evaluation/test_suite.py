@@ -103,6 +103,17 @@ def test_linear_probe(tmp_path: Path) -> None:
         evaluation.evaluate(Colours(), test, ["linear-probe"])
 
 
+def test_a_set_of_other_classes_is_not_probed(tmp_path: Path) -> None:
+    train, test = shades(tmp_path / "train.parquet", 40), shades(tmp_path / "test.parquet", 20)
+    other = write(tmp_path / "other.parquet", [{"image": picture(name), "label": name + "dish"} for name in COLOURS])
+    result = evaluation.evaluate(Colours(), [test, other], train=train)
+    tasks = {(Path(row["data"]).stem, row["task"]) for row in result["results"]}
+    assert tasks == {("test", "zero-shot"), ("test", "linear-probe"), ("other", "zero-shot")}
+    assert result["notes"] == [f"{other} is not probed: {train} has none of its classes."]
+    with pytest.raises(InputError, match=r"has none of the classes of .*: give labelled pairs of the same classes"):
+        evaluation.evaluate(Colours(), other, ["linear-probe"], train=train)
+
+
 def test_a_probe_counts_classes_and_images_that_it_cannot_know_as_wrong(tmp_path: Path) -> None:
     rows = [{"image": picture(name), "label": name} for name in ("red", "green") * 10]
     train = write(tmp_path / "train.parquet", rows)

@@ -157,19 +157,30 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _with_short_names(found: Evaluation, overlaps: Sequence[Overlap]) -> tuple[Evaluation, list[Overlap]]:
-    """Models that are called by their last folder, where this tells them apart."""
-    names = list(dict.fromkeys(judged.model for judged in found.results))
-    last = [Path(name).name for name in names]
-    if len(set(last)) < len(last):
-        return found, list(overlaps)
-    short = dict(zip(names, last, strict=True))
-    renamed = replace(
+    """Models and sets that are called by the last part of their path, where this tells them apart."""
+    models = _last_parts([judged.model for judged in found.results] + [one.model for one in overlaps])
+    sets = _last_parts([judged.data for judged in found.results])
+
+    def renamed(one: Any) -> Any:
+        return replace(one, model=models[one.model], data=sets[one.data])
+
+    short = replace(
         found,
-        results=[replace(one, model=short[one.model]) for one in found.results],
-        details=[replace(one, model=short[one.model]) for one in found.details],
-        comparisons=[replace(one, models=(short[one.models[0]], short[one.models[1]])) for one in found.comparisons],
+        results=[renamed(one) for one in found.results],
+        details=[renamed(one) for one in found.details],
+        comparisons=[
+            replace(one, models=(models[one.models[0]], models[one.models[1]]), data=sets[one.data])
+            for one in found.comparisons
+        ],
     )
-    return renamed, [replace(one, model=short.get(one.model, one.model)) for one in overlaps]
+    return short, [renamed(one) for one in overlaps]
+
+
+def _last_parts(names: Sequence[str]) -> dict[str, str]:
+    """What each name is called: itself, unless the last parts of all of them differ."""
+    names = list(dict.fromkeys(names))
+    last = [Path(name).name or name for name in names]
+    return dict(zip(names, last if len(set(last)) == len(last) else names, strict=True))
 
 
 def _overlaps(models: Sequence[str], tests: Sequence[TestSet], unbounded: bool, progress: Progress) -> list[Overlap]:
@@ -289,6 +300,7 @@ def _remarks(found: Evaluation, overlaps: Sequence[Overlap]) -> list[str]:
             f"{one.data}, {one.task}, {metric_name(one.metric)}: {one.models[0]} less {one.models[1]} is "
             f"{one.difference:+.1f} ({low:+.1f} to {high:+.1f}, p = {one.p:.2g}){sure}"
         )
+    lines += list(dict.fromkeys(found.notes))  # each model has its own
     for copy in overlaps:
         if not copy.checked:
             lines.append(f"{copy.data} was not compared with what {copy.model} was trained on: {copy.reason}")

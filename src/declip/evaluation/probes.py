@@ -47,11 +47,20 @@ def probe_sets(
     learnt = [(part, known[id(part.source)]) for part in parts]
     classes = test.classes
     if classes is None:  # labels that are names: whatever either set has
-        names = {label for _, one in [(test, embedded), *learnt] for label in one.labels if label is not None}
-        classes = tuple(sorted(names))
+        asked, taught = _labels([embedded]), _labels([one for _, one in learnt])
+        if not asked & taught:
+            raise InputError(
+                f"{test.train.name} has none of the classes of {test.name}: give labelled pairs of the same classes "
+                "with --train."
+            )
+        classes = tuple(sorted(asked | taught))
     of = labelled(replace(test, classes=classes), embedded)
     train, *validation = (_features(one, labelled(replace(part, classes=classes), one)) for part, one in learnt)
     return ProbeSets(train, validation[0] if validation else None, _features(embedded, of), of)
+
+
+def _labels(sets: Sequence[Embedded]) -> set[str]:
+    return {label for one in sets for label in one.labels if label is not None}
 
 
 def _features(embedded: Embedded, of: Labelled) -> Features:

@@ -54,11 +54,14 @@ class Asked:
 
 @dataclass
 class Evaluation:
-    """All that was found: by model, set and task; between models; and, where asked for, what a report shows."""
+    """All that was found: by model, set and task; between models; where asked for, what a report shows; and what was
+    left out, in sentences.
+    """
 
     results: list[Judged] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     details: list[Details] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def rows(self) -> dict[str, Any]:
         """What `declip.evaluate` returns."""
@@ -66,6 +69,7 @@ class Evaluation:
             "model": self.results[0].model,
             "results": [judged.row() for judged in self.results],
             "comparisons": [comparison.row() for comparison in self.comparisons],
+            **({"notes": list(dict.fromkeys(self.notes))} if self.notes else {}),  # each model has its own
         }
 
 
@@ -107,7 +111,10 @@ def _judge(
 ) -> None:
     """One model on one set, task by task."""
     embedded = embed_source(model, test.source, test.name, progress)
-    for task in asked.tasks or possible_tasks(test, embedded):
+    tasks = asked.tasks or possible_tasks(test, embedded)
+    if test.train is not None and "zero-shot" in tasks and not asked.tasks and "linear-probe" not in tasks:
+        found.notes.append(f"{test.name} is not probed: {test.train.name} has none of its classes.")
+    for task in tasks:
         judged = Judged(model.name, test.name, task, broken=embedded.broken)
         judging = _Judging(model, test, embedded, asked, progress, judged, Details(model.name, test.name, task))
         if task == "retrieval":

@@ -22,14 +22,20 @@ from declip.model.prompts import resolve_templates
 
 
 def possible_tasks(test: TestSet, embedded: Embedded) -> tuple[str, ...]:
-    """What can be asked of the pairs: retrieval where they have captions, classification where they have two labels."""
+    """What can be asked of the pairs: retrieval where they have captions, classification where they have two labels.
+
+    A probe where what it would learn from has any of these.
+    """
     if test.tasks is not None:
         return test.tasks
     possible = []
     if any(embedded.captions):
         possible.append("retrieval")
-    if len({label for label in embedded.labels if label is not None}) >= 2:
-        possible += ["zero-shot"] + ["linear-probe"] * (test.train is not None)
+    labels = {label for label in embedded.labels if label is not None}
+    if len(labels) >= 2:
+        possible.append("zero-shot")
+        if test.train is not None and any(test.train.source.label(i) in labels for i in range(len(test.train.source))):
+            possible.append("linear-probe")
     if not possible:
         raise InputError(
             f"{test.name} has neither captions nor labels of at least two classes: there is nothing to judge."

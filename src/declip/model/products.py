@@ -1,7 +1,7 @@
 """Products of matrices on the CPU by oneDNN, also where PyTorch would not take it: of float32.
 
-For those PyTorch takes MKL, which does not use AVX-512 on AMD's processors; oneDNN's kernels are of the same precision and
-use it on either make (``benchmarks/embedding.py`` measures it).
+For those PyTorch takes MKL, which does not use AVX-512 on AMD's processors; oneDNN's kernels are of the same precision
+and use it on either make (``benchmarks/embedding.py`` measures it).
 """
 
 from __future__ import annotations
