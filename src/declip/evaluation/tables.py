@@ -94,10 +94,8 @@ def _row(judged: Judged, of_task: Sequence[Judged], metrics: Sequence[str], inte
 
 
 def shown(judged: Judged, metric: str, interval: bool = True) -> str:
-    """``33.4 (31.2–35.6)``, or ``33.4 ± 1.2`` with a deviation over seeds."""
+    """``33.4 (31.2–35.6)``."""
     value = f"{judged.metrics[metric]:.1f}"
-    if metric == "top1" and "top1_deviation" in judged.settings:
-        return f"{value} ± {judged.settings['top1_deviation']:.1f}"
     if not interval or metric not in judged.intervals:
         return value
     low, high = judged.intervals[metric]

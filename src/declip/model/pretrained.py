@@ -186,7 +186,7 @@ class LoadedModel:
     def logit_scale(self) -> float:
         """What similarities are multiplied with to be logits."""
         own = self.token_wise.logit_scale if self.token_wise else None
-        return float((self.clip.logit_scale if own is None else own).exp())  # type: ignore[operator]
+        return float((self.clip.logit_scale if own is None else own).detach().exp())  # type: ignore[operator]
 
     @property
     def device(self) -> torch.device:
