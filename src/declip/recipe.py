@@ -23,6 +23,7 @@ from declip.safety import Safety
 from declip.terms import Contrastive, Section, Terms, TextView
 
 SELF_SUPERVISED = {"simsiam", "simclr"}
+Triple = tuple[float, float, float]
 
 
 class ImageTower(Section):
@@ -30,6 +31,11 @@ class ImageTower(Section):
 
     model_config = ConfigDict(extra="allow")
 
+    init: str | None = Field(
+        None,
+        description="weights to start from: a timm name, a weight file of model.image.timm_model_name, or the image "
+        "tower of whatever declip evaluate opens; architecture and pixels follow them",
+    )
     image_size: int = Field(64, gt=0, description="side of the image views in pixels")
     layers: int | list[int] = Field(6, description="blocks of a ViT; four numbers make a ResNet of those stages")
     width: int = Field(128, gt=0, description="width of the tower")
@@ -42,6 +48,11 @@ class TextTower(Section):
 
     model_config = ConfigDict(extra="allow")
 
+    init: str | None = Field(
+        None,
+        description="weights to start from: a Hugging Face name or folder, or the text tower of whatever declip "
+        "evaluate opens; architecture and tokenizer follow them",
+    )
     context_length: int = Field(77, gt=2, description="captions are cut to this many tokens")
     vocab_size: int = Field(49408, gt=0, description="size of the tokenizer's vocabulary")
     layers: int = Field(3, gt=0, description="blocks of the transformer")
@@ -53,15 +64,22 @@ class Model(Section):
     name: str | None = Field(
         None, description="an open_clip architecture (ViT-B-32, RN50, …) instead of the towers below"
     )
-    start: str | None = Field(
-        None, description="a model to start from, its towers and the heads it has: whatever declip evaluate opens"
+    init: str | None = Field(
+        None,
+        description="a model to start from, its towers and the heads it has: whatever declip evaluate opens; "
+        "architecture, pixels and tokenizer follow it",
     )
     embed_dim: int = Field(128, gt=0, description="width of the joint embedding")
     image: ImageTower = Field(ImageTower(), description="image tower, in the words of open_clip's vision_cfg")
     text: TextTower = Field(TextTower(), description="text tower, in the words of open_clip's text_cfg")
+    custom_text: bool = Field(
+        False, description="hold the text tower apart, as the SigLIP models of open_clip do; it computes the same"
+    )
     quick_gelu: bool = Field(False, description="QuickGELU as in OpenAI's and the published DeCLIP weights")
-    normalization: Literal["clip", "imagenet", "half"] = Field(
-        "clip", description="mean and standard deviation of pixels: OpenAI's for CLIP, ImageNet's (reference), or 0.5"
+    normalization: Literal["clip", "imagenet", "half"] | tuple[Triple, Triple] = Field(
+        "clip",
+        description="mean and standard deviation of pixels: OpenAI's for CLIP, ImageNet's (reference), 0.5, or numbers "
+        "for red, green and blue each",
     )
     logit_scale_init: float = Field(2.6593, description="start of the logit scale, as a logarithm: ln(1/0.07)")
     logit_scale_range: tuple[float, float] = Field((0.0, 4.6052), description="the logit scale is kept in here")
@@ -230,8 +248,28 @@ def load_recipe(name: str | Path, overrides: list[str] | None = None) -> Recipe:
             has = ", ".join(f"method={name}" for name in presets) if isinstance(presets, dict) else ""
             raise InputError(f"{where} has no preset method={method}: it has {has or 'none'}.")
         _merge(values, presets[method])
+    _leave_to_weights(values, changes)
     _merge(values, changes)
     return parse_recipe(values, where)
+
+
+def _leave_to_weights(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Drop what a recipe says of towers that are to start from weights: their architecture and pixels are the weights'.
+
+    What the changes say stays, and is then asked of the weights.
+    """
+    model, own = changes.get("model"), values.get("model")
+    if not isinstance(model, dict) or not isinstance(own, dict):
+        return
+    whole = model.get("init") is not None
+    parts = [part for part in ("image", "text") if whole or _starts(model.get(part))]
+    of_both = ["name", "quick_gelu", "custom_text", "embed_dim"] if parts else []
+    for name in [*parts, *of_both, *(["normalization"] if "image" in parts else [])]:
+        own.pop(name, None)
+
+
+def _starts(tower: Any) -> bool:
+    return isinstance(tower, dict) and tower.get("init") is not None
 
 
 def _shipped_values(name: str) -> dict[str, Any]:

@@ -21,8 +21,6 @@ from declip.model.text_tower import encode_text, text_facts
 from declip.model.towers import build_towers
 from declip.recipe import Recipe, load_recipe, parse_recipe
 
-WORDS = ["a", "red", "green", "blue", "cat", "dog", "bird", "fish", "tree", "house", "cloud", "and", "number", "of"]
-WORDS += ["some", "photo"]
 TEXT: dict[str, Any] = {"layers": 1, "width": 32, "heads": 1}
 
 
@@ -115,23 +113,6 @@ def test_towers_without_tokens(monkeypatch: pytest.MonkeyPatch, terms: dict[str,
 # Hugging Face
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT with random weights and a tokenizer of a few words, as a folder."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("bert")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *"0123456789"]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)})
-    tokenizer.save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
-
-
 def test_tokenizer_in_pieces(bert: Path) -> None:
     """Ids with start and end around them are what open_clip's own tokenizer gives."""
     tokenizer = HuggingFaceTokenizer(str(bert), vocabulary=31)
@@ -149,7 +130,7 @@ def test_masked_with_its_own_mask_token(bert: Path) -> None:
     import pickle
 
     tokenizer = pickle.loads(pickle.dumps(HuggingFaceTokenizer(str(bert), vocabulary=31)))
-    ids = [tokenizer.encode(" ".join(WORDS))] * 200
+    ids = [tokenizer.encode("a red green blue cat dog bird fish tree house cloud and number of some photo")] * 200
     tokens, labels = tokenize_masked(ids, 77, 0.5, np.random.default_rng(0), tokenizer.special)
     hidden = labels != -100
     assert not hidden[:, 0].any()

@@ -58,7 +58,7 @@ def test_a_run_becomes_a_clip_model_and_comes_back(run: Path, tmp_path: Path) ->
 
 def test_training_starts_from_a_clip_model(run: Path, tiny: Callable[..., Recipe], tmp_path: Path) -> None:
     convert(run, tmp_path / "hf", to="huggingface")
-    start = f"model.start={str(tmp_path / 'hf')!r}"
+    start = f"model.init={str(tmp_path / 'hf')!r}"
     declip.train(tiny("clip", start, "optimizer.lr=1e-12", "schedule.pairs_seen=8"), tmp_path / "on", quiet=True)
     assert_same(run, tmp_path / "on")
 
@@ -69,7 +69,7 @@ def test_a_head_of_other_words_starts_anew(
     """The words in use are those of the first captions only, so the second run has more of them."""
     few = "terms.masked_language.vocabulary=used"
     declip.train(tiny("declip", few, "data.fraction=0.25"), tmp_path / "one", quiet=True)
-    start = f"model.start={str(tmp_path / 'one')!r}"
+    start = f"model.init={str(tmp_path / 'one')!r}"
     for more in ([few], []):
         out = tmp_path / f"two{len(more)}"
         declip.train(tiny("declip", start, "optimizer.lr=1e-12", "schedule.pairs_seen=8", *more), out, quiet=True)
@@ -158,13 +158,13 @@ def test_places_and_options_that_will_not_do(run: Path, tmp_path: Path, capsys: 
     ("change", "says"),
     [
         ("model.quick_gelu=true", "quick_gelu is False there, True in the recipe"),
-        ("model.image.head_width=16", "vision_cfg.head_width is 32 there, 16 in the recipe"),
-        ("model.text.heads=2", "text_cfg.heads is 1 there, 2 in the recipe"),
+        ("model.image.head_width=16", "model.image.head_width is 32 there, 16 in the recipe"),
+        ("model.text.heads=2", "model.text.heads is 1 there, 2 in the recipe"),
     ],
 )
 def test_the_same_tensors_in_another_computation(
     run: Path, tiny: Callable[..., Recipe], tmp_path: Path, change: str, says: str
 ) -> None:
     with pytest.raises(InputError) as error:
-        declip.train(tiny("clip", f"model.start={str(run)!r}", change), tmp_path / "on", quiet=True)
+        declip.train(tiny("clip", f"model.init={str(run)!r}", change), tmp_path / "on", quiet=True)
     assert says in str(error.value)

@@ -206,7 +206,7 @@ precision = "float32"
     folder = tmp_path / "converted"
     main(["convert", str(make_file(tmp_path, "declip")), str(folder), *HEADS, "--json"])
     out = tmp_path / "out"
-    declip.train(load_recipe(recipe, [f"data.train={str(pairs)!r}", f"model.start={str(folder)!r}"]), out, quiet=True)
+    declip.train(load_recipe(recipe, [f"data.train={str(pairs)!r}", f"model.init={str(folder)!r}"]), out, quiet=True)
     before, after = read_model(str(folder)), read_model(str(out))
     assert before.weights.keys() == after.weights.keys()
     for name, tensor in before.weights.items():
@@ -216,12 +216,12 @@ precision = "float32"
             torch.testing.assert_close(after.heads[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
     for change, says in (
-        ("model.text.width=32", "of another architecture: text_cfg.width is 16 there, 32 in the recipe"),
+        ("model.text.width=32", "of another architecture: model.text.width is 16 there, 32 in the recipe"),
         ("terms.simsiam.width=32", "simsiam is of another architecture: predictor.layer2.bias has the shape [64]"),
         ("model.normalization=clip", "was trained with model.normalization = imagenet, the recipe says clip"),
-        ("model.start=nowhere", "There is no model 'nowhere'"),
+        ("model.init=nowhere", "There is no model 'nowhere'"),
     ):
-        changes = [f"data.train={str(pairs)!r}", f"model.start={str(folder)!r}", change]
+        changes = [f"data.train={str(pairs)!r}", f"model.init={str(folder)!r}", change]
         with pytest.raises(InputError) as error:
             declip.train(load_recipe(recipe, changes), tmp_path / "other", quiet=True)
         assert says in str(error.value)

@@ -214,7 +214,10 @@ def test_padding_with_the_end_token() -> None:
             "model.text.vocab_size = 1000 is below the tokenizer's 49408",
         ),
         ({"text": TOWERS["text"] | {"embed_cls": True}}, "model.text.embed_cls"),
-        ({"image": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 32}}, "model.image.image_size = 32"),
+        (
+            {"image": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 8}},
+            "open_clip cannot build these towers",
+        ),
         (
             {"image": {"timm_model_name": "resnet10t", "image_size": 32}, "freeze_patch_embedding": True},
             "only open_clip's own ViT",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,11 @@ NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+
+
+def pixel_statistics(normalization: Any) -> tuple[Any, Any]:
+    """Mean and standard deviation of red, green and blue that `model.normalization` says by name or in numbers."""
+    return NORMALIZATIONS[normalization] if isinstance(normalization, str) else normalization
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class DualEncoder(nn.Module):
             raise InputError("model.text: this tower's tokenizer has no mask token, which the masked text view needs.")
         own = masked and not self.text.own_mask
         self.mask_embedding = nn.Parameter(torch.randn(self.text.width) * 0.02) if own else None
-        for name, value in zip(("mean", "std"), NORMALIZATIONS[recipe.model.normalization], strict=True):
+        for name, value in zip(("mean", "std"), pixel_statistics(recipe.model.normalization), strict=True):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1) * 255, persistent=False)
 
     def _read_terms(self, recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from declip.errors import InputError, first_line
 from declip.files import save_weights, write_atomically
-from declip.model.dual_encoder import NORMALIZATIONS
+from declip.model.dual_encoder import pixel_statistics
 from declip.model.towers import model_config
 from declip.recipe import Recipe
 
@@ -61,7 +61,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def open_clip_config(recipe: Recipe) -> dict[str, Any]:
     """What open_clip_config.json says of a trained recipe: towers, preprocessing, and how image and text compare."""
-    mean, std = NORMALIZATIONS[recipe.model.normalization]
+    mean, std = pixel_statistics(recipe.model.normalization)
     config: dict[str, Any] = {
         "model_cfg": model_config(recipe.model),
         "preprocess_cfg": {"mean": mean, "std": std, "interpolation": "bilinear", "resize_mode": "shortest"},
@@ -120,7 +120,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Load all tensors, no more and no fewer; raises InputError that names the first which does not fit."""
-    expected = module.state_dict()
+    check_tensors(module.state_dict(), state, where)
+    module.load_state_dict(state)
+
+
+def check_tensors(expected: dict[str, Tensor], state: dict[str, Tensor], where: str) -> None:
+    """Raise InputError that names the first tensor which is missing, left over or of another shape."""
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             raise InputError(f"{where} is of another architecture: {name} is missing there.")
@@ -129,4 +134,3 @@ def load_strictly(module: nn.Module, state: dict[str, Tensor], where: str) -> No
         if state[name].shape != expected[name].shape:
             shapes = list(state[name].shape), list(expected[name].shape)
             raise InputError(f"{where} is of another architecture: {name} has the shape {shapes[0]}, not {shapes[1]}.")
-    module.load_state_dict(state)

@@ -103,7 +103,7 @@ def read_huggingface(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     model = _model_from(config, kind, path)
     skeleton = _skeleton(model, str(path))
     pairs = _pairs(skeleton)
-    tensors = {n: tensor for n, tensor in _tensors(folder).items() if not n.endswith("embeddings.position_ids")}
+    tensors = {n: tensor for n, tensor in read_tensors(folder).items() if not n.endswith("embeddings.position_ids")}
     _check(tensors, _to_theirs(pairs, skeleton, kind), str(folder))
     return {"model_cfg": model, "preprocess_cfg": _preprocessing(folder, kind)}, _to_ours(pairs, tensors, skeleton)
 
@@ -303,7 +303,7 @@ def _preprocessing(folder: Path, kind: str) -> dict[str, Any]:
     return {"mean": list(mean), "std": list(std), "interpolation": INTERPOLATIONS[resample], "resize_mode": mode}
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name; nothing is unpickled."""
     files = {WEIGHTS}
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():

@@ -26,6 +26,8 @@ def model_config(model: Model) -> dict[str, Any]:
         }
         if model.quick_gelu:
             config["quick_gelu"] = True
+        if model.custom_text:
+            config["custom_text"] = True
     else:
         import open_clip
 
@@ -42,12 +44,13 @@ def model_config(model: Model) -> dict[str, Any]:
 
 def _unused_image_fields(model: Model) -> set[str]:
     if "timm_model_name" in (model.image.model_extra or {}):
-        return {"layers", "width", "head_width", "patch_size"}
-    return {"patch_size"} if isinstance(model.image.layers, list) else set()
+        return {"init", "layers", "width", "head_width", "patch_size"}
+    return {"init", "patch_size"} if isinstance(model.image.layers, list) else {"init"}
 
 
 def _unused_text_fields(model: Model) -> set[str]:
-    return {"layers", "width", "heads", "vocab_size"} if "hf_model_name" in (model.text.model_extra or {}) else set()
+    hugging = "hf_model_name" in (model.text.model_extra or {})
+    return {"init", "layers", "width", "heads", "vocab_size"} if hugging else {"init"}
 
 
 def build_towers(model: Model) -> Towers:
@@ -90,4 +93,9 @@ def build_from_config(config: dict[str, Any], **changes: Any) -> Towers:
 
     arguments = {"text_cfg": NO_TEXT, **config, **changes}
     custom_text = arguments.pop("custom_text", False) or "hf_model_name" in arguments["text_cfg"]
-    return (CustomTextCLIP if custom_text else CLIP)(**arguments)
+    clip = (CustomTextCLIP if custom_text else CLIP)(**arguments)
+    trunk: Any = getattr(clip.visual, "trunk", None)
+    size = clip.visual.image_size
+    if hasattr(trunk, "set_input_size") and getattr(trunk.patch_embed, "img_size", size) not in (None, tuple(size)):
+        trunk.set_input_size(img_size=size)  # of a timm ViT, which open_clip builds for the size that timm knows
+    return clip

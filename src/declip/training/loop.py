@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from declip.data.device_views import finish_views
 from declip.data.loader import BatchMaker, make_loader
 from declip.errors import Diverged, InputError, Preempted, RunStopped
 from declip.model.dual_encoder import DualEncoder
+from declip.model.start import load_towers, read_start
 from declip.objectives.objective import build_objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe
@@ -32,7 +34,7 @@ from declip.training.distributed import (
     share_gradients,
 )
 from declip.training.gradients import clip_gradients
-from declip.training.heads import start_from
+from declip.training.heads import take_heads
 from declip.training.held_out import HeldOut
 from declip.training.interrupts import Interrupts, interrupts_between_steps
 from declip.training.logging import NoLog, RunLog, cut_metrics
@@ -57,7 +59,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     with joined_ranks(recipe) as ranks:
         with one_voice(ranks):
             run = set_up(recipe, Path(out), resume, ranks)
-        log = NoLog() if ranks.rank else RunLog(run.out, recipe, run.steps, run.step, quiet)
+        log = NoLog() if ranks.rank else RunLog(run.out, run.recipe, run.steps, run.step, quiet)
         with run.saver, log, interrupts_between_steps() as interrupts:
             _go_to_the_end(run, log, interrupts)
         return run.finish()
@@ -69,6 +71,7 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks) -> Run:
     out: the run folder; None for a run that writes nothing
     """
     check_trackers(recipe)
+    recipe, start = read_start(recipe)
     # Rank 0 alone looks: it soon makes the folder, and another would find it there.
     going_on = out is not None and broadcast(ranks.rank == 0 and check_run(out, recipe, resume), ranks)
     device = pick_device(local_device(recipe.engine.device))
@@ -89,8 +92,11 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks) -> Run:
     parameter_groups([model, objective], recipe.optimizer)  # whether the rates fit the towers
     if recipe.engine.shard:
         tower_blocks(model.clip)  # whether they can be sharded
-    if recipe.model.start and not going_on:
-        start_from(recipe.model, model, objective)
+    if not going_on:
+        for name in load_towers(start, model.clip):
+            print(f"The weights have no {name} of this width, it starts anew.", file=sys.stderr)
+        if start.whole is not None:
+            take_heads(start.whole, f"model.init = {recipe.model.init!r}", model, objective)
     held_out = None
     if held_images and not ranks.rank:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
