@@ -26,6 +26,14 @@ SELF_SUPERVISED = {"simsiam", "simclr"}
 Triple = tuple[float, float, float]
 
 
+Tune = Literal["all", "biases", "projection", "nothing"]
+TUNE = (
+    "what of the tower learns: all; its biases and projection (BitFit); its projection to the joint space alone; "
+    "nothing (LiT). Dropout and the statistics of batch norms rest where not all learns"
+)
+OURS = frozenset({"init", "tune", "views_kept", "kept"})  # fields that are no words of open_clip's
+
+
 class ImageTower(Section):
     """open_clip's vision_cfg: any other field of it may be given too."""
 
@@ -35,6 +43,13 @@ class ImageTower(Section):
         None,
         description="weights to start from: a timm name, a weight file of model.image.timm_model_name, or the image "
         "tower of whatever declip evaluate opens; architecture and pixels follow them",
+    )
+    tune: Tune = Field("all", description=TUNE)
+    views_kept: int = Field(
+        4,
+        ge=0,
+        description="with tune = projection or nothing: of each image so many views are drawn and go through the tower "
+        "once, before the first step; what it gives is kept on disk, and steps pay nothing for it; 0 = none are kept",
     )
     image_size: int = Field(64, gt=0, description="side of the image views in pixels")
     layers: int | list[int] = Field(6, description="blocks of a ViT; four numbers make a ResNet of those stages")
@@ -52,6 +67,12 @@ class TextTower(Section):
         None,
         description="weights to start from: a Hugging Face name or folder, or the text tower of whatever declip "
         "evaluate opens; architecture and tokenizer follow them",
+    )
+    tune: Tune = Field("all", description=TUNE)
+    kept: bool = Field(
+        True,
+        description="with tune = projection or nothing: every caption goes through the tower once, before the first "
+        "step, where the terms ask for no other text view than the caption",
     )
     context_length: int = Field(77, gt=2, description="captions are cut to this many tokens")
     vocab_size: int = Field(49408, gt=0, description="size of the tokenizer's vocabulary")

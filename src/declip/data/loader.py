@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from declip.data.apart import Apart, CaptionFeatures, ImageFeatures, text_hash
 from declip.data.batch import Batch
 from declip.data.captions import tokenize, tokenize_masked
-from declip.data.decode import Pixels
 from declip.data.decoded import Images
 from declip.data.device_views import DRAWS, pack
-from declip.data.images import View
+from declip.data.kept import Kept
 from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.sources import BrokenPair, Concatenation
 from declip.data.tokenizer import CaptionTokenizer, Tokenizer
@@ -33,6 +33,7 @@ class BatchMaker(Dataset[Batch | InputError]):
 
     full_captions: pad every caption to the context length, not only to the batch's longest.
     rank, ranks: which equal part of each global batch is made. The parts together are the same for any number.
+    kept: what locked towers have made of all pairs, in place of their pixels and tokens.
     Where no pair can be read it gives the InputError back: raised in a worker, it would come out as a traceback.
     """
 
@@ -46,15 +47,17 @@ class BatchMaker(Dataset[Batch | InputError]):
         full_captions: bool = False,
         rank: int = 0,
         ranks: int = 1,
+        kept: Kept | None = None,
     ) -> None:
         self.images, self.recipe, self.size, self.context_length = images, recipe, image_size, context_length
+        self.kept = kept or Kept()
         self.full_captions = full_captions
         self.tokenizer = tokenizer or Tokenizer()
         self.text_views = recipe.text_views  # worked out once, not for each pair
         strong = recipe.data.strong_images or recipe.data.images
         self.image_views = [recipe.data.images] * recipe.pair_views
         self.image_views += [strong] * (recipe.image_views - recipe.pair_views)
-        self.crops_only = recipe.data.augment_on == "device"
+        self.crops_only = recipe.data.augment_on == "device" and self.kept.images is None
         self.synonyms = load_synonyms() if "augmented" in self.text_views else {}
         self.ends = images.caption_ends if recipe.data.text.pool == "each" else None
         self.items = len(images.source) if self.ends is None else int(self.ends[-1])
@@ -97,7 +100,9 @@ class BatchMaker(Dataset[Batch | InputError]):
         pairs: list[int] = []
         captions: list[list[str]] = []
         broken: list[tuple[int, str, str]] = []
-        images = np.empty((len(self.image_views), len(self.rows), self.size, self.size, 3), np.uint8)
+        of_all = len(self.image_views), len(self.rows)
+        images = np.empty((*of_all, *((self.size, self.size) if self.kept.images is None else (0, 0)), 3), np.uint8)
+        pooled = None if self.kept.images is None else np.empty((*of_all, self.kept.images.shape[-1]), np.float16)
         draws = np.empty((*images.shape[:2], DRAWS), np.float32) if self.crops_only else None
         items = self.order.batch(number)
         # With pool=each an item is a caption, and the pair is the one that it belongs to.
@@ -109,11 +114,22 @@ class BatchMaker(Dataset[Batch | InputError]):
             index, pool, views = self._readable(int(indices[place]), first + place, taken, broken)
             pairs.append(index)
             captions.append(self._draw(pool, index, int(items[place]), int(epochs[place]), rng))
+            if pooled is not None:
+                pooled[:, row] = views
+                continue
             for which, (pixels, view) in enumerate(views):
                 images[which, row] = pixels
                 if draws is not None:
                     draws[which, row] = pack(view)
-        tokens, labels = self._texts(captions, rngs)
+        pooled_texts, labels = None, None
+        if self.kept.texts is None:
+            tokens, labels = self._texts(captions, rngs)
+        else:
+            tokens = np.empty((1, len(self.rows), 0), np.int64)
+            of_captions = [
+                self.kept.caption(self.images, i, texts[0]) for i, texts in zip(pairs, captions, strict=True)
+            ]
+            pooled_texts = torch.from_numpy(np.stack(of_captions)[None])
         ids = None
         if self.wants_caption_ids:
             ids = torch.tensor([[text_hash(text) for text in texts] for texts in zip(*captions, strict=True)])
@@ -126,12 +142,17 @@ class BatchMaker(Dataset[Batch | InputError]):
             broken=tuple(broken),
             caption_ids=ids,
             draws=None if draws is None else torch.from_numpy(draws),
+            pooled_images=None if pooled is None else torch.from_numpy(pooled),
+            pooled_texts=pooled_texts,
         )
 
     def _readable(
         self, index: int, place: int, taken: set[int], broken: list[tuple[int, str, str]]
-    ) -> tuple[int, tuple[str, ...], list[tuple[Pixels, View]]]:
-        """The pair itself, or, where it is broken, the next in storage that is not: its index, captions and views."""
+    ) -> tuple[int, tuple[str, ...], Any]:
+        """The pair itself, or, where it is broken, the next in storage that is not: its index, captions and views.
+
+        Views are pixels with how each was drawn, or kept features [image views, width].
+        """
         source = self.images.source
         for candidate in chain([index], self._stand_ins(index, place % self.order.batch_size, taken)):
             try:
@@ -140,6 +161,8 @@ class BatchMaker(Dataset[Batch | InputError]):
                     raise BrokenPair(source.key(candidate), source.where(candidate), "every caption is empty")
                 # The views are the same whichever candidate it is.
                 rng = np.random.default_rng([self.recipe.seed, place, 0])
+                if self.kept.images is not None:
+                    return candidate, captions, self.kept.views(source, candidate, len(self.image_views), rng)
                 views = self.images.views(candidate, self.size, self.image_views, rng, self.crops_only)
                 return candidate, captions, views
             except BrokenPair as error:

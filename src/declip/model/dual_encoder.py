@@ -15,13 +15,21 @@ from torch import Tensor, nn
 from declip.data.batch import Batch
 from declip.data.tokenizer import EOT, Tokenizer
 from declip.errors import InputError, first_line
-from declip.model.image_tower import EncodedImages, encode_image, image_widths
+from declip.model.image_tower import EncodedImages, encode_image, image_widths, project_image
 from declip.model.recompute import has_batch_norm, recompute_blocks, recomputed
-from declip.model.text_tower import EncodedTexts, caption_mask, encode_text, needs_full_captions, text_facts
+from declip.model.text_tower import (
+    EncodedTexts,
+    caption_mask,
+    encode_text,
+    needs_full_captions,
+    project_text,
+    text_facts,
+)
 from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config, patch_dropouts
+from declip.model.tuning import Part, choose_parameters, rest
 from declip.ranks import ALONE, Ranks
-from declip.recipe import Recipe
+from declip.recipe import Recipe, Tune
 
 Encoded = TypeVar("Encoded", EncodedImages, EncodedTexts)
 
@@ -96,6 +104,9 @@ class DualEncoder(nn.Module):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
         self.clip = build_towers(recipe.model)
+        self.tune: dict[Part, Tune] = {"image": recipe.model.image.tune, "text": recipe.model.text.tune}
+        for part, tune in self.tune.items():
+            choose_parameters(self.clip, part, tune)
         size = self.clip.visual.image_size
         self.image_size: int = size[0] if isinstance(size, tuple) else size
         text_cfg = model_config(recipe.model)["text_cfg"]
@@ -153,12 +164,23 @@ class DualEncoder(nn.Module):
         images = images.permute(0, 3, 1, 2)
         return images if images.is_floating_point() else (images.float() - self.mean) / self.std
 
+    def train(self, mode: bool = True) -> DualEncoder:
+        super().train(mode)
+        for part, tune in self.tune.items():
+            if tune != "all":
+                rest(self.clip, part)
+        return self
+
     def forward(self, batch: Batch) -> Features:
-        image = self._encode_views(batch.images)
+        image = self._encode_views(batch.images) if batch.pooled_images is None else self._project(batch.pooled_images)
         views, size = len(batch.text_views), batch.sample_ids.shape[0]
-        embeddings, all_tokens = self._encode_texts(batch.tokens.flatten(0, 1))
-        by_view = zip(batch.text_views, torch.unflatten(all_tokens, 0, (views, size)), batch.tokens, strict=True)
-        wanted = [(view, tokens, ids) for view, tokens, ids in by_view if view in self.token_views]
+        wanted: list[tuple[str, Tensor, Tensor]] = []
+        if batch.pooled_texts is None:
+            embeddings, all_tokens, _ = self._encode_texts(batch.tokens.flatten(0, 1))
+            by_view = zip(batch.text_views, torch.unflatten(all_tokens, 0, (views, size)), batch.tokens, strict=True)
+            wanted = [(view, tokens, ids) for view, tokens, ids in by_view if view in self.token_views]
+        else:
+            embeddings = project_text(self.clip, batch.pooled_texts.flatten(0, 1).float())
         scale = self.clip.logit_scale.exp()
         if self.logit_scale_cap is not None:
             # The value is capped, the gradient is that of the exponential, as in the reference.
@@ -173,6 +195,12 @@ class DualEncoder(nn.Module):
             text_tokens={view: tokens.float() for view, tokens, _ in wanted},
             text_mask={view: caption_mask(ids, self.tokenizer.special.pad) for view, _, ids in wanted},
         )
+
+    def _project(self, pooled: Tensor) -> EncodedImages:
+        """[image views, batch, width], what the locked tower pools of each view."""
+        flat = pooled.flatten(0, 1).float()
+        embedding = torch.unflatten(project_image(self.clip, flat), 0, pooled.shape[:2])
+        return EncodedImages(embedding, pooled if self.wants_pooled else None, None)
 
     def _encode_views(self, images: Tensor) -> EncodedImages:
         """uint8 [image views, batch, height, width, 3]; every output gets the two leading dimensions."""

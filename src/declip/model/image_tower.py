@@ -13,7 +13,6 @@ from declip.model.towers import Towers
 if TYPE_CHECKING:
     from open_clip.modified_resnet import AttentionPool2d
     from open_clip.timm_model import TimmModel
-    from open_clip.transformer import VisionTransformer
 
 
 class EncodedImages(NamedTuple):
@@ -37,22 +36,29 @@ def encode_image(clip: Towers, pixels: Tensor) -> EncodedImages:
 
     tower: Any = clip.visual
     if isinstance(tower, VisionTransformer):
-        return _encode_vit(tower, pixels)
+        x = tower.transformer(tower._embeds(pixels))
+        pooled, _ = tower._pool(x)
+        # Before the last norm, as in the public FILIP, and without the class token.
+        return EncodedImages(project_image(clip, pooled), pooled, x[:, 1:])
     if isinstance(tower, ModifiedResNet):
         grid = tower.layer4(tower.layer3(tower.layer2(tower.layer1(tower.stem(pixels)))))
         pooled = _attention_pool(tower.attnpool, grid)
-        return EncodedImages(tower.attnpool.c_proj(pooled), pooled, grid.flatten(2).transpose(1, 2))
+        return EncodedImages(project_image(clip, pooled), pooled, grid.flatten(2).transpose(1, 2))
     if isinstance(tower, TimmModel) and hasattr(tower.trunk, "forward_head"):
         return _encode_timm(tower, pixels)
     return EncodedImages(tower(pixels), None, None)
 
 
-def _encode_vit(tower: VisionTransformer, pixels: Tensor) -> EncodedImages:
-    x = tower.transformer(tower._embeds(pixels))
-    pooled, _ = tower._pool(x)
-    embedding = pooled if tower.proj is None else pooled @ tower.proj
-    # Before the last norm, as in the public FILIP, and without the class token.
-    return EncodedImages(embedding, pooled, x[:, 1:])
+def project_image(clip: Towers, pooled: Tensor) -> Tensor:
+    """The embedding [batch, dim] of what an image tower pools, [batch, width]: see `EncodedImages`."""
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import VisionTransformer
+
+    tower: Any = clip.visual
+    if isinstance(tower, VisionTransformer):
+        return pooled if tower.proj is None else pooled @ tower.proj
+    projected: Tensor = tower.attnpool.c_proj(pooled) if isinstance(tower, ModifiedResNet) else tower.head(pooled)
+    return projected
 
 
 def _encode_timm(tower: TimmModel, pixels: Tensor) -> EncodedImages:

@@ -26,9 +26,8 @@ from declip.model.positions import fit_grid, fit_length
 from declip.model.pretrained import read_model
 from declip.model.released import read_state
 from declip.model.towers import CONTEXT_LENGTH, Towers
-from declip.recipe import ImageTower, Recipe, TextTower, parse_recipe
-
-Part = Literal["image", "text"]
+from declip.model.tuning import PROJECTION, Part
+from declip.recipe import OURS, ImageTower, Recipe, TextTower, parse_recipe
 
 EMBED_DIM = 512
 """Width of the joint embedding where neither the recipe nor a projection among the weights says it."""
@@ -41,7 +40,6 @@ FREE = frozenset(
 _PICKLED = (".pth", ".pt", ".bin", ".tar")
 _WEIGHT_FILES = (".safetensors", *_PICKLED)
 _CONFIG = "config.json"
-_PROJECTION = re.compile(r"(proj$|head\.|attnpool\.c_proj\.|text_projection|proj\.)")
 _POSITIONS = re.compile(r"(positional_embedding|pos_embed)$")
 _UNUSED = {
     "timm": {"layers", "width", "head_width", "patch_size"},
@@ -305,7 +303,7 @@ def _filled(tower: TowerStart, said: Mapping[str, Any], section: str) -> dict[st
     for name, value in said.items():
         if name in tower.facts.fixed:
             _same(f"{section}.{name}", tower.facts.fixed[name], value, tower.where)
-        elif name not in {"init", *tower.facts.usual, *FREE, *_UNUSED[tower.kind]}:
+        elif name not in {*OURS, *tower.facts.usual, *FREE, *_UNUSED[tower.kind]}:
             raise InputError(f"{tower.where} is of another architecture: {section}.{name} = {value!r} is not its own.")
     filled = {**tower.facts.usual, **tower.facts.fixed, **said}
     for name in ("hf_model_pretrained", "timm_model_pretrained"):  # the weights are at hand
@@ -353,13 +351,13 @@ def _load(start: TowerStart, clip: Towers, part: Part, alone: bool) -> list[str]
     anew = []
     for name, own in expected.items():
         found = tensors.get(name)
-        if alone and _PROJECTION.match(name) and (found is None or found.shape != own.shape):
+        if alone and PROJECTION.match(name) and (found is None or found.shape != own.shape):
             tensors[name] = own
             anew.append(name)
         elif found is not None and found.shape != own.shape and _POSITIONS.search(name):
             tensors[name] = fit_grid(found, own.shape) if part == "image" else fit_length(found, own.shape[0])
     if alone:
-        tensors = {name: tensor for name, tensor in tensors.items() if name in expected or not _PROJECTION.match(name)}
+        tensors = {name: tensor for name, tensor in tensors.items() if name in expected or not PROJECTION.match(name)}
     check_tensors(expected, tensors, start.where)
     clip.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)
     return anew

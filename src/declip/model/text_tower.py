@@ -14,10 +14,14 @@ GROUP = 64  # captions that run together on a CPU
 
 
 class EncodedTexts(NamedTuple):
-    """embedding: [batch, dim], not normalised; tokens: [batch, tokens, width], after the tower's last norm."""
+    """embedding: [batch, dim], not normalised; tokens: [batch, tokens, width], after the tower's last norm.
+
+    pooled: [batch, width], what the projection to the joint space is applied to
+    """
 
     embedding: Tensor
     tokens: Tensor
+    pooled: Tensor
 
 
 class TextFacts(NamedTuple):
@@ -75,8 +79,11 @@ def encode_text(
     encoded = [_encode_group(clip, tokens[rows, : int(own[-1])], x[rows, : int(own[-1])]) for rows, own in groups]
     back = order.argsort()
     longest = tokens.shape[1]
-    final = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for _, x in encoded])
-    return EncodedTexts(torch.cat([embedding for embedding, _ in encoded])[back], final[back])
+    final = torch.cat([F.pad(some.tokens, (0, 0, 0, longest - some.tokens.shape[1])) for some in encoded])
+    embeddings, pooled = (
+        torch.cat([getattr(some, name) for some in encoded])[back] for name in ("embedding", "pooled")
+    )
+    return EncodedTexts(embeddings, final[back], pooled)
 
 
 def needs_full_captions(clip: Towers) -> bool:
@@ -138,7 +145,7 @@ def _encode_group(clip: Towers, tokens: Tensor, x: Tensor) -> EncodedTexts:
     # The end token is the largest id of a caption, as in open_clip, but for our mask token, which lies above.
     end = tokens.masked_fill(tokens >= tower.token_embedding.num_embeddings, -1).argmax(dim=-1)
     pooled = x[torch.arange(x.shape[0], device=x.device), end]
-    return EncodedTexts(_project(tower, pooled), x)
+    return EncodedTexts(project_text(clip, pooled), x, pooled)
 
 
 def _encode_padded(clip: Towers, tokens: Tensor, x: Tensor) -> EncodedTexts:
@@ -149,11 +156,16 @@ def _encode_padded(clip: Towers, tokens: Tensor, x: Tensor) -> EncodedTexts:
     x = x + tower.positional_embedding[: tokens.shape[1]]
     x = tower.ln_final(tower.transformer(x, attn_mask=tower.attn_mask))
     pool, eos = _pooling(clip)
-    return EncodedTexts(_project(tower, text_global_pool(x, tokens, pool, eos_token_id=eos)), x)
+    pooled = text_global_pool(x, tokens, pool, eos_token_id=eos)
+    return EncodedTexts(project_text(clip, pooled), x, pooled)
 
 
-def _project(tower: Any, pooled: Tensor) -> Tensor:
-    projection = tower.text_projection
+def project_text(clip: Towers, pooled: Tensor) -> Tensor:
+    """The embedding [batch, dim] of what a text tower pools, [batch, width]."""
+    if is_huggingface(clip):
+        found: Tensor = clip.text.proj(pooled)
+        return found
+    projection = transformer_of(clip).text_projection
     if projection is None:
         return pooled
     projected: Tensor = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
@@ -164,4 +176,5 @@ def _encode_huggingface(clip: Towers, tokens: Tensor) -> EncodedTexts:
     tower = clip.text
     mask = (tokens != tower.config.pad_token_id).long()
     out = tower.transformer(input_ids=tokens, attention_mask=mask)
-    return EncodedTexts(tower.proj(tower.pooler(out, mask)), out.last_hidden_state)
+    pooled = tower.pooler(out, mask)
+    return EncodedTexts(project_text(clip, pooled), out.last_hidden_state, pooled)

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from declip.errors import InputError, first_line
-from declip.recipe import Model
+from declip.recipe import OURS, Model
 
 Towers: TypeAlias = Any  # open_clip's CLIP, which holds its text tower's parts itself, or its CustomTextCLIP
 
@@ -44,13 +44,13 @@ def model_config(model: Model) -> dict[str, Any]:
 
 def _unused_image_fields(model: Model) -> set[str]:
     if "timm_model_name" in (model.image.model_extra or {}):
-        return {"init", "layers", "width", "head_width", "patch_size"}
-    return {"init", "patch_size"} if isinstance(model.image.layers, list) else {"init"}
+        return {*OURS, "layers", "width", "head_width", "patch_size"}
+    return {*OURS, "patch_size"} if isinstance(model.image.layers, list) else set(OURS)
 
 
 def _unused_text_fields(model: Model) -> set[str]:
     hugging = "hf_model_name" in (model.text.model_extra or {})
-    return {"init", "layers", "width", "heads", "vocab_size"} if hugging else {"init"}
+    return {*OURS, "layers", "width", "heads", "vocab_size"} if hugging else set(OURS)
 
 
 def build_towers(model: Model) -> Towers:

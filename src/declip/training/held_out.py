@@ -6,6 +6,8 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from declip.data.captions import tokenize
 from declip.data.decoded import Images
@@ -16,6 +18,9 @@ from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise, embed_images, embed_texts
+from declip.model.image_tower import encode_image, project_image
+from declip.model.text_tower import encode_text, needs_full_captions, project_text, trim
+from declip.model.tuning import LOCKED, Part
 from declip.recipe import Recipe
 
 
@@ -47,6 +52,7 @@ class HeldOut:
         self.tokens[:, : tokens.shape[1]] = torch.from_numpy(tokens)
         self.pad = tokenizer.special.pad
         self.image_of_text = torch.tensor(owners)
+        self.pooled: dict[Part, Tensor] = {}  # of locked towers, which are asked once
 
     @torch.inference_mode()
     def score(self, model: DualEncoder, device: torch.device, token_wise: TokenWise | None = None) -> dict[str, float]:
@@ -56,19 +62,31 @@ class HeldOut:
         """
         was_training = model.training
         model.eval()
-        clip = model.clip
-        image_parts = [
-            embed_images(clip, model.pixels(part.to(device)), token_wise) for part in torch.split(self.images, 256)
-        ]
-        text_parts = [
-            embed_texts(clip, part.to(device), self.pad, token_wise) for part in torch.split(self.tokens, 512)
-        ]
+        images, texts = self._embed(model, "image", device, token_wise), self._embed(model, "text", device, token_wise)
         model.train(was_training)
-        # Embeddings are compared on the CPU, which costs nothing; tokens where they are, which may be a GPU.
-        images, texts = (
-            torch.cat(parts).to("cpu" if token_wise is None else device) for parts in (image_parts, text_parts)
-        )
         found = retrieval_metrics(images, texts, self.image_of_text)
         metrics = {name: value for name, value in found.items() if not name.endswith("_median_rank")}
         finite = bool(images.isfinite().all() and texts.isfinite().all())
         return {**metrics, "score": sum(metrics.values()) / len(metrics) if finite else math.nan}
+
+    def _embed(self, model: DualEncoder, part: Part, device: torch.device, token_wise: TokenWise | None) -> Tensor:
+        """Embeddings on the CPU, where comparing them costs nothing; tokens where they are, which may be a GPU."""
+        rows = torch.split(self.images, 256) if part == "image" else torch.split(self.tokens, 512)
+        if token_wise is None and model.tune[part] in LOCKED:
+            if part not in self.pooled:
+                self.pooled[part] = torch.cat([_pool(model, part, some.to(device), self.pad) for some in rows])
+            project = project_image if part == "image" else project_text
+            return F.normalize(project(model.clip, self.pooled[part]).float(), dim=-1).cpu()
+        if part == "image":
+            found = [embed_images(model.clip, model.pixels(some.to(device)), token_wise) for some in rows]
+        else:
+            found = [embed_texts(model.clip, some.to(device), self.pad, token_wise) for some in rows]
+        return torch.cat(found).to("cpu" if token_wise is None else device)
+
+
+def _pool(model: DualEncoder, part: Part, rows: Tensor, pad: int) -> Tensor:
+    """[rows, width], what a locked tower pools."""
+    if part == "text":
+        return encode_text(model.clip, rows if needs_full_captions(model.clip) else trim(rows, pad)).pooled
+    encoded = encode_image(model.clip, model.pixels(rows))
+    return encoded.embedding if encoded.pooled is None else encoded.pooled

@@ -37,6 +37,7 @@ from declip.training.gradients import clip_gradients
 from declip.training.heads import take_heads
 from declip.training.held_out import HeldOut
 from declip.training.interrupts import Interrupts, interrupts_between_steps
+from declip.training.locked import empty_features, keep_features, kept_parts, progress_bar
 from declip.training.logging import NoLog, RunLog, cut_metrics
 from declip.training.optimizer import batch_factor, check_schedule, cooldown_start, learning_rate, parameter_groups
 from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tokens
@@ -58,15 +59,15 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     """
     with joined_ranks(recipe) as ranks:
         with one_voice(ranks):
-            run = set_up(recipe, Path(out), resume, ranks)
+            run = set_up(recipe, Path(out), resume, ranks, quiet)
         log = NoLog() if ranks.rank else RunLog(run.out, run.recipe, run.steps, run.step, quiet)
         with run.saver, log, interrupts_between_steps() as interrupts:
             _go_to_the_end(run, log, interrupts)
         return run.finish()
 
 
-def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks) -> Run:
-    """Everything that can be wrong is found out here, before the first step.
+def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: bool = True) -> Run:
+    """Everything that can be wrong is found out here, before the first step; locked towers go over the pairs.
 
     out: the run folder; None for a run that writes nothing
     """
@@ -111,6 +112,11 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks) -> Run:
         if not ranks.rank:
             make_run(run.out, recipe)  # the schedule may be another
             cut_metrics(run.out, run.step)
+    if out is None:
+        run.kept = empty_features(model, images, recipe)
+    elif kept_parts(recipe):
+        with progress_bar(quiet or ranks.rank > 0) as progress:
+            run.kept = keep_features(model, images, recipe, device, progress)
     return run
 
 
@@ -220,7 +226,7 @@ def batch_maker(run: Run) -> BatchMaker:
     """What makes this rank's part of each batch."""
     model, ranks = run.model, run.ranks
     towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
-    return BatchMaker(run.images, run.recipe, *towers, rank=ranks.rank, ranks=ranks.count)
+    return BatchMaker(run.images, run.recipe, *towers, rank=ranks.rank, ranks=ranks.count, kept=run.kept)
 
 
 def make_step(run: Run) -> nn.Module:

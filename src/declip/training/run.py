@@ -15,6 +15,7 @@ from torch import Tensor
 
 from declip.data.decoded import Images, check_broken
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
+from declip.data.kept import Kept
 from declip.data.sources import BrokenPair
 from declip.errors import Diverged, InputError
 from declip.files import save_weights, write_atomically
@@ -84,6 +85,7 @@ class Run:
         self.roll_backs, self.rate_factor, self.rolled_to = 0, 1.0, -1
         self.guard = Guard([model, objective], self.optimizer, recipe.engine, self.loss_scale)
         self.watch = Watch(recipe, device, model, objective, images, ranks)
+        self.kept = Kept()
         kept = images.kept or []
         self.broken = {index for index, image in enumerate(kept) if isinstance(image, BrokenPair)}
 

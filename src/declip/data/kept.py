@@ -1,0 +1,42 @@
+"""What locked towers have made of pairs once, kept on disk: batches are made of it instead of pixels and tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from declip.data.decoded import Images
+from declip.data.sources import BrokenPair
+
+Pooled = NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Pooled features, mapped into memory; None of a tower that is not locked.
+
+    images: [pairs, views, width], NaN where an image could not be read; texts: [captions, width], those of a pair one
+    after the other, as `Images.caption_ends` counts them
+    """
+
+    images: Pooled | None = None
+    texts: Pooled | None = None
+
+    def views(self, source: Any, index: int, count: int, rng: np.random.Generator) -> Pooled:
+        """[count, width] of different views, as long as there are so many; raises BrokenPair."""
+        assert self.images is not None
+        own = self.images[index]
+        if np.isnan(own[0, 0]):
+            raise BrokenPair(source.key(index), source.where(index), "its image cannot be read")
+        chosen: Pooled = own[rng.permutation(len(own))[np.arange(count) % len(own)]]
+        return chosen
+
+    def caption(self, images: Images, index: int, text: str) -> Pooled:
+        """[width] of one of a pair's captions."""
+        assert self.texts is not None
+        first = int(images.caption_ends[index - 1]) if index else 0
+        found: Pooled = self.texts[first + images.source.captions(index).index(text)]
+        return found

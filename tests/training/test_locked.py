@@ -1,0 +1,204 @@
+"""Towers that are locked, wholly or in part: what learns, what is kept of them, and that steps are the same with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import write_one_broken
+from safetensors.torch import load_file
+
+import declip
+from declip.data.loader import BatchMaker
+from declip.errors import InputError
+from declip.model.dual_encoder import DualEncoder
+from declip.model.image_tower import encode_image
+from declip.recipe import Recipe
+from declip.training import locked, loop
+from declip.training.loop import batch_maker, set_up
+
+MakeRecipe = Callable[..., Recipe]
+RESNET = "model.image={ image_size = 32, layers = [1, 1, 1, 1], width = 8, head_width = 32 }"
+HEADS = ["model.image.tune=projection", "model.text.tune=projection"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "open_clip_model.safetensors")
+
+
+def changed(recipe: Recipe, run: Path) -> set[str]:
+    """Names of the tensors that a run changed."""
+    torch.manual_seed(recipe.seed)
+    before = DualEncoder(recipe).clip.state_dict()
+    after = weights(run)
+    return {name for name, tensor in after.items() if not torch.equal(before[name], tensor)}
+
+
+@pytest.mark.parametrize("image", [[], [RESNET]])
+def test_what_learns(image: list[str], tiny: MakeRecipe, tmp_path: Path) -> None:
+    lr = "optimizer.lr=0.01"
+    projections = (
+        {"text_projection", "visual.attnpool.c_proj.weight", "visual.attnpool.c_proj.bias"}
+        if image
+        else {
+            "text_projection",
+            "visual.proj",
+        }
+    )
+    recipe = tiny("clip", *image, lr, *HEADS)
+    declip.train(recipe, tmp_path / "heads", quiet=True)
+    assert changed(recipe, tmp_path / "heads") - {"logit_scale"} == projections
+
+    recipe = tiny("clip", *image, lr, "model.image.tune=nothing")
+    declip.train(recipe, tmp_path / "lit", quiet=True)
+    found = changed(recipe, tmp_path / "lit")
+    assert not [name for name in found if name.startswith("visual.")]
+    assert {"token_embedding.weight", "text_projection"} <= found
+
+    recipe = tiny("clip", *image, lr, "model.image.tune=biases", "model.text.tune=biases")
+    declip.train(recipe, tmp_path / "biases", quiet=True)
+    found = changed(recipe, tmp_path / "biases") - {"logit_scale"}
+    assert projections < found
+    assert all(name.endswith("bias") for name in found - projections)
+    assert any("transformer.resblocks" in name for name in found)
+
+
+@pytest.mark.parametrize("image", [[], [RESNET]])
+def test_kept_features_are_the_towers(image: list[str], tiny: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny("clip", *image, *HEADS, "model.image.views_kept=3")
+    run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
+    model, images = run.model.eval(), run.images
+    assert run.kept.images is not None
+    assert run.kept.texts is not None
+    assert run.kept.images.shape == (32, 3, model.pooled_width)
+    assert run.kept.texts.shape == (64, 8)
+    drawn = images.views(5, model.image_size, [recipe.data.images] * 3, np.random.default_rng([recipe.seed, 5, 2]))
+    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in drawn]))
+    with torch.no_grad():
+        pooled = encode_image(model.clip, model.pixels(pixels)).pooled
+    torch.testing.assert_close(torch.from_numpy(run.kept.images[5]).float(), pooled, rtol=1e-2, atol=1e-2)
+    # A batch of kept features gives what the same views and captions give.
+    kept = batch_maker(run).make(0)
+    plain = BatchMaker(images, recipe, model.image_size, model.context_length, model.tokenizer).make(0)
+    assert torch.equal(kept.sample_ids, plain.sample_ids)
+    with torch.no_grad():
+        ours, theirs = model(kept), model(plain)
+    torch.testing.assert_close(ours.text["caption"], theirs.text["caption"], rtol=1e-2, atol=1e-2)
+    for row, index in enumerate(kept.sample_ids.tolist()):
+        assert any(np.array_equal(kept.pooled_images[0, row], view) for view in run.kept.images[index])  # type: ignore[index]
+
+
+def test_two_views_of_an_image_are_different_ones(tiny: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny("declip", "model.image.tune=nothing", "model.image.views_kept=2")
+    run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
+    assert run.kept.texts is None  # masked and augmented captions have to be looked at anew
+    batch = batch_maker(run).make(0)
+    assert batch.pooled_images is not None
+    assert (batch.pooled_images[0] != batch.pooled_images[1]).any(-1).all()
+    declip.train(recipe, tmp_path / "whole", quiet=True)
+
+
+def test_what_is_kept_is_used_again_and_made_anew_where_it_does_not_fit(
+    tiny: MakeRecipe,
+    tmp_path: Path,
+    pairs: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made: list[str] = []
+    for name in ("_write_images", "_write_texts"):
+        write = getattr(locked, name)
+        monkeypatch.setattr(locked, name, lambda *args, name=name, write=write: (made.append(name), write(*args)))
+    declip.train(tiny("clip", *HEADS), tmp_path / "one", quiet=True)
+    assert made == ["_write_images", "_write_texts"]
+    declip.train(tiny("clip", *HEADS, "optimizer.lr=0.02"), tmp_path / "two", quiet=True)
+    assert len(made) == 2
+    assert "made anew" not in capsys.readouterr().err
+    declip.train(tiny("clip", *HEADS, "model.image.views_kept=2"), tmp_path / "three", quiet=True)
+    assert made[2:] == ["_write_images"]
+    assert "was made by another image tower, of other views, or of pairs that have changed" in capsys.readouterr().err
+    table = pq.read_table(pairs)
+    captions = table["captions"].to_pylist()
+    captions[3] = ["something else"]
+    at = table.schema.get_field_index("captions")
+    import pyarrow as pa
+
+    pq.write_table(table.set_column(at, "captions", pa.array(captions)), pairs)
+    declip.train(tiny("clip", *HEADS, "model.image.views_kept=2"), tmp_path / "four", quiet=True)
+    assert made[3:] == ["_write_images", "_write_texts"]
+    declip.train(tiny("clip", *HEADS, "model.image.views_kept=2", "seed=1"), tmp_path / "five", quiet=True)
+    assert made[5:] == ["_write_images", "_write_texts"]  # the random towers are others
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny("clip", *HEADS)
+    declip.train(recipe, tmp_path / "whole", quiet=True)
+    stopped = tmp_path / "stopped"
+    judge = loop.Run.judge
+
+    def stop(self: loop.Run, *args: object) -> bool:
+        judge(self, *args)  # type: ignore[arg-type]
+        if self.step == 4:
+            raise KeyboardInterrupt
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "judge", stop)
+        with pytest.raises(KeyboardInterrupt):
+            declip.train(recipe, stopped, quiet=True)
+    declip.train(recipe, stopped, resume=True, quiet=True)
+    last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (tmp_path / "whole", stopped)]
+    assert last[0]["held_out"] == last[1]["held_out"]
+
+
+def test_held_out_scores_are_those_of_the_whole_towers(tiny: MakeRecipe, tmp_path: Path) -> None:
+    run = set_up(tiny("clip", *HEADS), tmp_path / "run", False, loop.Ranks())
+    assert run.held_out is not None
+    device = torch.device("cpu")
+    found = run.held_out.score(run.model, device)
+    assert run.held_out.pooled.keys() == {"image", "text"}
+    run.model.tune = {"image": "all", "text": "all"}
+    assert run.held_out.score(run.model, device) == found
+
+
+def test_a_broken_image_is_stood_in_for(tiny: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_one_broken(tmp_path / "pairs.parquet")
+    recipe = tiny("clip", *HEADS, "data.holdout=0", "data.broken_limit=0.1", "schedule.pairs_seen=40")
+    summary = declip.train(recipe, tmp_path / "run", quiet=True)
+    assert summary["broken"] == 1
+    assert "skipped" in capsys.readouterr().err
+
+
+def test_numbers_that_half_precision_does_not_hold(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = locked.encode_image
+
+    def large(*args: object) -> object:
+        found = encode(*args)  # type: ignore[arg-type]
+        return found._replace(pooled=found.pooled * 1e7)
+
+    monkeypatch.setattr(locked, "encode_image", large)
+    with pytest.raises(InputError, match=r"too large to be kept in half precision: set model\.image\.views_kept=0"):
+        declip.train(tiny("clip", *HEADS), tmp_path / "run", quiet=True)
+
+
+def test_a_tower_without_a_projection(tiny: MakeRecipe, tmp_path: Path) -> None:
+    timm = "model.image={ timm_model_name = 'mobilenetv3_small_050', timm_proj = '', image_size = 32 }"
+    with pytest.raises(InputError, match=r"model\.image\.tune = projection: this tower has no projection"):
+        declip.train(tiny("clip", timm, "model.image.tune=projection"), tmp_path / "run", quiet=True)
+    declip.train(tiny("clip", timm, "model.image.tune=nothing", "schedule.pairs_seen=16"), tmp_path / "lit", quiet=True)
