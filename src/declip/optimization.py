@@ -27,6 +27,12 @@ class Optimizer(Section):
     text_lr: float | None = Field(
         None, ge=0, description="peak learning rate of the text tower; 0 keeps its weights; not set: lr"
     )
+    projection_lr: float | None = Field(
+        None,
+        ge=0,
+        description="peak learning rate of both towers' projections to the joint space, which start at random where "
+        "the towers do not; not set: the tower's",
+    )
     head_lr: float | None = Field(
         None, ge=0, description="peak learning rate of the heads of the terms; 0 keeps them; not set: lr"
     )

@@ -179,6 +179,15 @@ def test_groups_move_at_their_rates(tiny: MakeRecipe) -> None:
         torch.testing.assert_close(before[name] - model.get_parameter(name), torch.full_like(before[name], step))
 
 
+def test_projections_have_a_rate_of_their_own(tiny: MakeRecipe) -> None:
+    for image, projections in (((), {"clip.visual.proj"}), (RESNET, {"clip.visual.attnpool.c_proj.weight"})):
+        asked = ["optimizer.projection_lr=0.5", "optimizer.text_lr=0.1", "optimizer.layer_decay=0.5"]
+        found = rate_of(tiny("clip", *image, *asked))
+        high = {name for name, rate in found.items() if rate == pytest.approx(0.5)}
+        assert high - {"clip.visual.attnpool.c_proj.bias"} == projections | {"clip.text_projection"}
+        assert found["clip.ln_final.weight"] == pytest.approx(0.1)
+
+
 def test_a_rate_for_heads_that_are_not_there(tiny: MakeRecipe) -> None:
     with pytest.raises(InputError, match=r"optimizer\.head_lr: none of the recipe's terms has a head that learns"):
         rate_of(tiny("clip", "optimizer.head_lr=0.1"))

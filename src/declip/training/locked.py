@@ -213,17 +213,15 @@ def _in_half(pooled: Tensor, part: str) -> Pooled:
 
 
 def _digest_of_weights(model: DualEncoder, part: Part) -> str:
-    """Of all that a tower's pooled features depend on."""
-    parts = []
+    """Of all that a tower's pooled features depend on: its modules, its tensors, and how pixels are normalised."""
+    modules = [repr(child) for name, child in model.clip.named_children() if (name == "visual") == (part == "image")]
+    facts: list[str | bytes] = [*modules, str(model.mean.flatten().tolist()), str(model.std.flatten().tolist())]
     for name, tensor in model.clip.state_dict().items():
         within = name.removeprefix("visual.").removeprefix("text.")
-        if (
-            name.startswith("visual.") == (part == "image")
-            and not name.startswith("logit_")
-            and not PROJECTION.match(within)
-        ):
-            parts += [name, tensor.detach().cpu().numpy().tobytes()]
-    return _hash(*parts, str(model.mean.flatten().tolist()), str(model.std.flatten().tolist()), repr(model.clip))
+        own = name.startswith("visual.") == (part == "image") and not name.startswith("logit_")
+        if own and not PROJECTION.match(within):
+            facts += [name, tensor.detach().cpu().numpy().tobytes()]
+    return _hash(*facts)
 
 
 def _digest_of_pairs(source: Source, images: bool) -> str:

@@ -12,6 +12,7 @@ from declip.errors import InputError
 from declip.model.depth import layers_to_top
 from declip.model.dual_encoder import DualEncoder
 from declip.model.towers import NORMS
+from declip.model.tuning import PROJECTION
 from declip.optimization import Optimizer
 from declip.recipe import Recipe
 from declip.training.sharding import own_part
@@ -30,8 +31,8 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
 
     Matrices decay; biases, norms, scales and (unless asked) embeddings do not. With `decay_embeddings` the reference's
     groups: all decays but norms, biases of layers and logit scales, so attention's input biases do.
-    Each has its part's peak rate (image tower, text tower, heads, logit scale), times `layer_decay` for each layer
-    between it and the top of its tower. `peak` is the group's peak rate at a batch of `lr_batch`. For Muon
+    Each has its part's peak rate (image tower, text tower, projections, heads, logit scale), times `layer_decay` for
+    each layer between it and the top of its tower. `peak` is the group's peak rate at a batch of `lr_batch`. For Muon
     `use_fallback` says what Adam takes: embeddings, the vocabulary's head, and whatever is no matrix.
     Raises InputError where there are no heads for head_lr, or a tower does not say which its layers are.
     """
@@ -50,6 +51,8 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
             part = _part(name)
             found.add(part)
             own: float | None = getattr(options, f"{part}_lr")
+            if options.projection_lr is not None and part in ("image", "text") and _is_projection(name):
+                own = options.projection_lr
             rate = (options.lr if own is None else own) * options.layer_decay ** below.get(name, 0)
             decay = 0.0 if part == "logit_scale" or name in kept else options.weight_decay
             fallback = options.kind == "muon" and (name in vectors or VOCABULARY in name)
@@ -70,6 +73,11 @@ def _part(name: str) -> Literal["image", "text", "head", "logit_scale"]:
     if not name.startswith("clip."):
         return "head"
     return "image" if name.startswith("clip.visual.") else "text"
+
+
+def _is_projection(name: str) -> bool:
+    within = name.removeprefix("clip.").removeprefix("visual.").removeprefix("text.")
+    return PROJECTION.match(within) is not None
 
 
 def _layers_to_top(module: nn.Module) -> dict[str, int]:
