@@ -157,6 +157,11 @@ class Evaluation(Section):
     every: float = Field(0.05, gt=0, le=1, description="share of the run between two held-out evaluations")
     patience: int = Field(0, ge=0, description="stop after this many evaluations without a better score; 0 = never")
     max_items: int = Field(2000, gt=1, description="at most this many held-out pairs are judged during training")
+    interpolate: bool = Field(
+        False,
+        description="at the end, mix the towers with what they started from (model.init), as does best on the held-out "
+        "pairs (WiSE-FT)",
+    )
 
 
 class Recipe(Section):
@@ -191,6 +196,11 @@ class Recipe(Section):
             )
         if self.engine.shard and (self.optimizer.ema or self.optimizer.kind == "muon"):
             raise ValueError("engine.shard goes with neither optimizer.ema nor optimizer.kind = muon: leave one out")
+        started = self.model.init or self.model.image.init or self.model.text.init
+        if self.evaluation.interpolate and not started:
+            raise ValueError("evaluation.interpolate mixes with model.init, which is not set: set it, or leave it out")
+        if self.evaluation.interpolate and self.engine.shard:
+            raise ValueError("engine.shard does not go with evaluation.interpolate: leave one out")
         if self.model.unmasked_end and not self.model.patch_dropout:
             raise ValueError("model.unmasked_end ends model.patch_dropout, which is 0: set that too")
         return self

@@ -36,6 +36,7 @@ from declip.training.distributed import (
 from declip.training.gradients import clip_gradients
 from declip.training.heads import take_heads
 from declip.training.held_out import HeldOut
+from declip.training.interpolation import interpolate
 from declip.training.interrupts import Interrupts, interrupts_between_steps
 from declip.training.locked import empty_features, keep_features, kept_parts, progress_bar
 from declip.training.logging import NoLog, RunLog, cut_metrics
@@ -63,7 +64,15 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
         log = NoLog() if ranks.rank else RunLog(run.out, run.recipe, run.steps, run.step, quiet)
         with run.saver, log, interrupts_between_steps() as interrupts:
             _go_to_the_end(run, log, interrupts)
-        return run.finish()
+        return _finish(run)
+
+
+def _finish(run: Run) -> dict[str, Any]:
+    """The finished model in the run folder, and a summary of the run."""
+    summary = run.finish()
+    if run.recipe.evaluation.interpolate and not run.ranks.rank:
+        summary |= interpolate(run)
+    return summary
 
 
 def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: bool = True) -> Run:
@@ -101,6 +110,10 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
     held_out = None
     if held_images and not ranks.rank:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
+    if recipe.evaluation.interpolate and not held_images:
+        raise InputError(
+            "evaluation.interpolate needs held-out pairs to choose by: set data.holdout or data.validation."
+        )
     saver: Saver = NoSaver()
     if out is not None and not ranks.rank:
         if not going_on:

@@ -1,0 +1,86 @@
+"""Mixtures of the weights at the start and at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import declip
+from declip.errors import InputError
+from declip.recipe import Recipe
+from declip.training import interpolation
+from declip.training.held_out import HeldOut
+
+MakeRecipe = Callable[..., Recipe]
+
+
+@pytest.fixture
+def first(tiny: MakeRecipe, tmp_path: Path) -> Path:
+    declip.train(tiny("clip"), tmp_path / "first", quiet=True)
+    return tmp_path / "first"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "open_clip_model.safetensors")
+
+
+def scored(monkeypatch: pytest.MonkeyPatch, best: float) -> list[float]:
+    """Have mixtures scored by how near their share of trained weights is to `best`."""
+    asked: list[float] = []
+    mixture = interpolation.mixture
+
+    def noted(*args: object) -> object:
+        asked.append(args[2])  # type: ignore[arg-type]
+        return mixture(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(interpolation, "mixture", noted)
+    monkeypatch.setattr(HeldOut, "score", lambda *_: {"score": -abs(asked[-1] - best) if asked else 0.0})
+    return asked
+
+
+@pytest.mark.parametrize("best", [0.0, 0.3, 1.0])
+def test_the_best_mixture_is_taken(
+    best: float, first: Path, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [f"model.init={str(first)!r}", "optimizer.lr=0.01", "schedule.pairs_seen=24", "evaluation.every=1.0"]
+    declip.train(tiny("clip", *asked), tmp_path / "plain", quiet=True)
+    scored(monkeypatch, best)
+    summary = declip.train(tiny("clip", *asked, "evaluation.interpolate=true"), tmp_path / "run", quiet=True)
+    assert summary["trained_share"] == best
+    assert summary["scores_by_share"].keys() == set(interpolation.SHARES)
+    start, end = weights(first), weights(tmp_path / "plain")
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, start[name].lerp(end[name], best), msg=name)
+    declip.load(tmp_path / "run").encode_text(["a red cat"])
+
+
+def test_what_starts_anew_is_the_trained_one(
+    first: Path, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [
+        f"model.image.init={str(first)!r}",
+        "model.embed_dim=24",
+        "optimizer.lr=0.01",
+        "schedule.pairs_seen=24",
+        "evaluation.every=1.0",
+    ]
+    declip.train(tiny("clip", *asked), tmp_path / "plain", quiet=True)
+    scored(monkeypatch, 0.0)
+    declip.train(tiny("clip", *asked, "evaluation.interpolate=true"), tmp_path / "run", quiet=True)
+    start, end, found = weights(first), weights(tmp_path / "plain"), weights(tmp_path / "run")
+    for name, tensor in found.items():
+        kept = name.startswith("visual.") and name != "visual.proj"
+        torch.testing.assert_close(tensor, (start if kept else end)[name], msg=name)
+
+
+def test_what_it_needs_is_said(first: Path, tiny: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"evaluation\.interpolate mixes with model\.init, which is not set"):
+        tiny("clip", "evaluation.interpolate=true")
+    recipe = tiny("clip", f"model.init={str(first)!r}", "evaluation.interpolate=true", "data.holdout=0")
+    with pytest.raises(InputError, match=r"evaluation\.interpolate needs held-out pairs"):
+        declip.train(recipe, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
