@@ -49,6 +49,12 @@ class Optimizer(Section):
     betas: tuple[float, float] = Field((0.9, 0.98), description="betas of AdamW, and of Muon's Adam")
     eps: float = Field(1e-8, gt=0, description="epsilon of AdamW and Muon")
     weight_decay: float = Field(0.1, ge=0, description="weight decay of matrices")
+    start_decay: float = Field(
+        0.0,
+        ge=0,
+        description="decay of weights that a run starts from (model.init) towards what they were, besides weight_decay "
+        "towards zero (L2-SP)",
+    )
     decay_embeddings: bool = Field(
         False, description="also decay embeddings, class token and attention's input biases, as the reference does"
     )

@@ -197,10 +197,15 @@ class Recipe(Section):
         if self.engine.shard and (self.optimizer.ema or self.optimizer.kind == "muon"):
             raise ValueError("engine.shard goes with neither optimizer.ema nor optimizer.kind = muon: leave one out")
         started = self.model.init or self.model.image.init or self.model.text.init
-        if self.evaluation.interpolate and not started:
-            raise ValueError("evaluation.interpolate mixes with model.init, which is not set: set it, or leave it out")
-        if self.evaluation.interpolate and self.engine.shard:
-            raise ValueError("engine.shard does not go with evaluation.interpolate: leave one out")
+        to_start = {
+            "evaluation.interpolate": self.evaluation.interpolate,
+            "optimizer.start_decay": self.optimizer.start_decay,
+        }
+        for field in (name for name, asked in to_start.items() if asked):
+            if not started:
+                raise ValueError(f"{field} goes back to model.init, which is not set: set it, or leave that out")
+            if self.engine.shard:
+                raise ValueError(f"engine.shard does not go with {field}: leave one out")
         if self.model.unmasked_end and not self.model.patch_dropout:
             raise ValueError("model.unmasked_end ends model.patch_dropout, which is 0: set that too")
         return self

@@ -1,4 +1,4 @@
-"""Mixtures of the weights at the start and at the end of a run."""
+"""Back to the start: mixtures of the weights there and at the end of a run, and decay towards them."""
 
 from __future__ import annotations
 
@@ -78,9 +78,48 @@ def test_what_starts_anew_is_the_trained_one(
 
 
 def test_what_it_needs_is_said(first: Path, tiny: MakeRecipe, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"evaluation\.interpolate mixes with model\.init, which is not set"):
+    with pytest.raises(InputError, match=r"evaluation\.interpolate goes back to model\.init, which is not set"):
         tiny("clip", "evaluation.interpolate=true")
     recipe = tiny("clip", f"model.init={str(first)!r}", "evaluation.interpolate=true", "data.holdout=0")
     with pytest.raises(InputError, match=r"evaluation\.interpolate needs held-out pairs"):
         declip.train(recipe, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_decay_towards_the_start_is_that_of_a_loop(first: Path, tiny: MakeRecipe, tmp_path: Path) -> None:
+    """One parameter after the other, each step."""
+    from declip.training import loop
+    from declip.training.run import Run
+
+    asked = [f"model.init={str(first)!r}", "optimizer.lr=0.01", "schedule.pairs_seen=24", "evaluation.every=1.0"]
+    declip.train(tiny("clip", *asked, "optimizer.start_decay=5"), tmp_path / "ours", quiet=True)
+    start = weights(first)
+    end_step = Run.end_step
+
+    def pulled(self: Run) -> None:
+        rates = {id(p): group["lr"] for group in self.optimizer.param_groups for p in group["params"]}
+        with torch.no_grad():
+            for name, parameter in self.model.clip.named_parameters():
+                parameter -= rates[id(parameter)] * 5 * (parameter - start[name])
+        end_step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "end_step", pulled)
+        declip.train(tiny("clip", *asked), tmp_path / "loop", quiet=True)
+    declip.train(tiny("clip", *asked), tmp_path / "free", quiet=True)
+    ours, expected, free = (weights(tmp_path / name) for name in ("ours", "loop", "free"))
+    for name, tensor in ours.items():
+        if not name.endswith("in_proj_bias"):  # keys' biases have no gradient but rounding, which Adam makes large
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+    far, near = (sum(float((w[n] - start[n]).square().sum()) for n in w) for w in (free, ours))
+    assert near < 0.95 * far
+
+
+def test_only_what_came_from_weights_is_held(first: Path, tiny: MakeRecipe, tmp_path: Path) -> None:
+    from declip.training.loop import Ranks, set_up
+
+    recipe = tiny("clip", f"model.image.init={str(first)!r}", "optimizer.start_decay=1", "model.text.tune=projection")
+    run = set_up(recipe, tmp_path / "run", False, Ranks())
+    assert run.anchor is not None
+    held = {name for name, p in run.model.clip.named_parameters() if id(p) in run.anchor.start}
+    assert held == {name for name, _ in run.model.clip.named_parameters() if name.startswith("visual.")}

@@ -44,6 +44,12 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
     summary = train(recipe, args.out, resume=args.resume, quiet=args.json)
     if not args.json:
+        if "trained_share" in summary:
+            share, scores = summary["trained_share"], summary["scores_by_share"]
+            print(
+                f"Best on the held-out pairs: {share:.0%} of the trained weights, the rest as at the start (score "
+                f"{scores[share]:.1f}; all trained {scores[1.0]:.1f}, none {scores[0.0]:.1f})."
+            )
         print(f"The run is in {args.out}. Judge it: declip evaluate {args.out} DATA")
     return summary
 

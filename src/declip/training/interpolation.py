@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from declip.files import save_weights
-from declip.model.dual_encoder import DualEncoder
 from declip.model.export import WEIGHTS, read_weights
-from declip.model.start import load_towers, read_start
-from declip.recipe import Recipe
+from declip.training.anchor import initial_weights
 from declip.training.run import Run
 
 SHARES = tuple(step / 10 for step in range(11))
@@ -39,16 +36,6 @@ def interpolate(run: Run) -> dict[str, Any]:
     if best < 1:
         save_weights(run.out / WEIGHTS, mixed)
     return {"trained_share": best, "scores_by_share": scores}
-
-
-def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """The towers' tensors that came from weights when the run began."""
-    resolved, start = read_start(recipe)
-    clip = DualEncoder(resolved).clip
-    for parameter in clip.parameters():
-        parameter.detach().fill_(torch.nan)
-    load_towers(start, clip)
-    return {name: tensor for name, tensor in clip.state_dict().items() if not tensor.isnan().any()}
 
 
 def mixture(first: dict[str, Tensor], trained: dict[str, Tensor], share: float) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
 from declip.objectives.objective import Objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe, parse_recipe
+from declip.training.anchor import Anchor, initial_weights
 from declip.training.average import WeightAverage
 from declip.training.checkpoint import FORMAT, HEADS_BEST, WEIGHTS_BEST, checkpoints, read_newest, step_of
 from declip.training.distributed import Broken, broadcast, collect
@@ -79,6 +80,9 @@ class Run:
         self.loss_scale = LossScale(device, moves=recipe.engine.precision == "float16")
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.anchor: Anchor | None = None
+        if recipe.optimizer.start_decay:
+            self.anchor = Anchor(model.clip, initial_weights(recipe), recipe.optimizer.start_decay)
         self.average = WeightAverage(self.parameters, recipe.optimizer.ema) if recipe.optimizer.ema else None
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
         self._forget_best()
@@ -95,6 +99,8 @@ class Run:
 
     def end_step(self) -> None:
         """After the optimizer's step: the logit scales go into their ranges, the weights into their average."""
+        if self.anchor is not None:
+            self.anchor.pull(self.optimizer)
         self.model.clamp_logit_scale()
         self.objective.clamp_logit_scale()
         if self.average is not None:
