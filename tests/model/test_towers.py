@@ -71,11 +71,11 @@ def test_final_tokens_are_those_of_each_caption_alone() -> None:
     torch.manual_seed(0)
     clip = build_towers(towers())
     tokens = trimmed(captions(GROUP + 10))
-    _, final = encode_text(clip, tokens)
+    final = encode_text(clip, tokens).tokens
     assert final.shape == (*tokens.shape, 32)
     for row in (0, 1, 17, GROUP + 9):
         length = int((tokens[row] != 0).sum())
-        _, alone = encode_text(clip, tokens[row : row + 1, :length])
+        alone = encode_text(clip, tokens[row : row + 1, :length]).tokens
         torch.testing.assert_close(final[row, :length], alone[0], rtol=1e-4, atol=1e-5)
 
 
@@ -86,10 +86,10 @@ def test_mask_embedding_stands_for_the_mask_token() -> None:
     tokens = trimmed(["a red cat", "a green dog on a tree"])
     tokens[0, 2] = tokens[1, 4] = MASK_ID
     mask = torch.randn(32, requires_grad=True)
-    found, _ = encode_text(clip, tokens, mask)
+    found = encode_text(clip, tokens, mask).embedding
     with torch.no_grad():
         clip.token_embedding.weight[5] = mask
-    as_plain, _ = encode_text(clip, tokens.masked_fill(tokens == MASK_ID, 5))
+    as_plain = encode_text(clip, tokens.masked_fill(tokens == MASK_ID, 5)).embedding
     torch.testing.assert_close(found, as_plain)
     found.sum().backward()
     assert mask.grad is not None
