@@ -45,6 +45,13 @@ class Optimizer(Section):
         le=1,
         description="factor on the rate of a tower's layer for each layer between it and the top (BEiT); 1 = none",
     )
+    unfreeze: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the steps in which the towers' layers begin to learn one after the other, from the top "
+        "down (ULMFiT); 0 = all at once",
+    )
     momentum: float = Field(0.9, ge=0, lt=1, description="SGD's momentum")
     betas: tuple[float, float] = Field((0.9, 0.98), description="betas of AdamW, and of Muon's Adam")
     eps: float = Field(1e-8, gt=0, description="epsilon of AdamW and Muon")

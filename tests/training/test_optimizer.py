@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import declip
 from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
 from declip.objectives.objective import build_objective
@@ -23,6 +26,7 @@ from declip.training.optimizer import (
     parameter_groups,
     same_rates,
 )
+from declip.training.run import Run
 
 MakeRecipe = Callable[..., Recipe]
 RESNET = ("model.image.layers=[1,1,1,1]", "model.image.width=8", "model.image.image_size=32")
@@ -113,15 +117,20 @@ def test_muon_step(tiny: MakeRecipe) -> None:
 # Rates of their own
 
 
-def rate_of(recipe: Recipe) -> dict[str, float]:
-    """The peak rate of every trainable parameter."""
+def groups_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The group of every trainable parameter."""
     model = DualEncoder(recipe)
     objective = build_objective(recipe, model)
     name_of = {id(p): name for module in (model, objective) for name, p in module.named_parameters()}
     groups = parameter_groups([model, objective], recipe.optimizer)
-    keys = [(group["weight_decay"], group["peak"], group["use_fallback"]) for group in groups]
+    keys = [(group["weight_decay"], group["peak"], group["use_fallback"], group["begins"]) for group in groups]
     assert len(set(keys)) == len(keys)  # as few groups as can be
-    return {name_of[id(p)]: group["peak"] for group in groups for p in group["params"]}
+    return {name_of[id(p)]: group for group in groups for p in group["params"]}
+
+
+def rate_of(recipe: Recipe) -> dict[str, float]:
+    """The peak rate of every trainable parameter."""
+    return {name: group["peak"] for name, group in groups_of(recipe).items()}
 
 
 def test_a_rate_for_each_part(tiny: MakeRecipe) -> None:
@@ -177,6 +186,32 @@ def test_groups_move_at_their_rates(tiny: MakeRecipe) -> None:
     for name, depth in depths.items():
         step = 0.0 if depth is None else 3e-4 * 0.5**depth
         torch.testing.assert_close(before[name] - model.get_parameter(name), torch.full_like(before[name], step))
+
+
+def test_layers_begin_to_learn_from_the_top_down(tiny: MakeRecipe, tmp_path: Path) -> None:
+    """Of 8 steps the first 6 see one layer more every third: stem, block and top of both towers."""
+    recipe = tiny("clip", "optimizer.unfreeze=0.75", "optimizer.lr=0.01", "evaluation.every=1.0")
+    begins = {name: group["begins"] for name, group in groups_of(recipe).items()}
+    assert begins["clip.visual.proj"] == begins["clip.ln_final.weight"] == begins["clip.logit_scale"] == 0
+    assert begins["clip.visual.transformer.resblocks.0.ln_1.weight"] == pytest.approx(0.375)
+    assert begins["clip.token_embedding.weight"] == begins["clip.visual.conv1.weight"] == pytest.approx(0.75)
+    torch.manual_seed(recipe.seed)
+    before = DualEncoder(recipe).clip.state_dict()
+    moved: dict[str, int] = {}
+
+    def noted(self: Run) -> None:
+        for name, tensor in self.model.clip.state_dict().items():
+            if name not in moved and not torch.equal(tensor, before[name]):
+                moved[name] = self.step
+        end_step(self)
+
+    end_step = Run.end_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "end_step", noted)
+        declip.train(recipe, tmp_path / "run", quiet=True)
+    assert moved["visual.proj"] == moved["ln_final.weight"] == 0
+    assert moved["visual.transformer.resblocks.0.ln_1.weight"] == 3
+    assert moved["token_embedding.weight"] == moved["visual.conv1.weight"] == 6
 
 
 def test_projections_have_a_rate_of_their_own(tiny: MakeRecipe) -> None:

@@ -228,7 +228,8 @@ def _follow_schedule(run: Run) -> float:
     recipe = run.recipe
     rate = run.rate_factor * learning_rate(run.step, run.steps, recipe)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate * (group["peak"] / recipe.optimizer.lr)
+        begun = run.step >= group["begins"] * run.steps
+        group["lr"] = rate * (group["peak"] / recipe.optimizer.lr) if begun else 0.0
     if recipe.model.unmasked_end:
         unmasked = run.step >= run.steps * (1 - recipe.model.unmasked_end)
         run.model.leave_out_patches(0.0 if unmasked else recipe.model.patch_dropout)

@@ -21,6 +21,7 @@ EMBEDDINGS = (
     *("token_embedding", "positional_embedding", "class_embedding", "mask_embedding"),
     *("pos_embed", "cls_token", "reg_token"),  # timm's
 )
+TOWERS = ("image", "text")
 LOGIT_SCALES = ("logit_scale", "logit_bias")
 VOCABULARY = "masked_language.head"  # a row for every word, as in an embedding
 MUON_MOMENTUM = 0.95  # its author's
@@ -33,18 +34,20 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
     groups: all decays but norms, biases of layers and logit scales, so attention's input biases do.
     Each has its part's peak rate (image tower, text tower, projections, heads, logit scale), times `layer_decay` for
     each layer between it and the top of its tower. `peak` is the group's peak rate at a batch of `lr_batch`. For Muon
-    `use_fallback` says what Adam takes: embeddings, the vocabulary's head, and whatever is no matrix.
+    `use_fallback` says what Adam takes: embeddings, the vocabulary's head, and whatever is no matrix. `begins`: after
+    which share of the steps the group learns.
     Raises InputError where there are no heads for head_lr, or a tower does not say which its layers are.
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {
-        (options.weight_decay, options.lr, False): [],
-        (0.0, options.lr, False): [],
+    groups: dict[tuple[float, float, bool, float], list[nn.Parameter]] = {
+        (options.weight_decay, options.lr, False, 0.0): [],
+        (0.0, options.lr, False, 0.0): [],
     }
     found = set()
     for module in modules:
         vectors = _not_decayed(module)
         kept = _never_decayed(module) if options.decay_embeddings else vectors
-        below = _layers_to_top(module) if options.layer_decay < 1 else {}
+        below = _layers_to_top(module) if options.layer_decay < 1 or options.unfreeze else {}
+        depth = {part: max((n for name, n in below.items() if _part(name) == part), default=0) for part in TOWERS}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -56,13 +59,14 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
             rate = (options.lr if own is None else own) * options.layer_decay ** below.get(name, 0)
             decay = 0.0 if part == "logit_scale" or name in kept else options.weight_decay
             fallback = options.kind == "muon" and (name in vectors or VOCABULARY in name)
-            groups.setdefault((decay, rate, fallback), []).append(parameter)
+            begins = options.unfreeze * below.get(name, 0) / max(1, depth.get(part, 0))
+            groups.setdefault((decay, rate, fallback, begins), []).append(parameter)
     if options.head_lr is not None and "head" not in found:
         raise InputError("optimizer.head_lr: none of the recipe's terms has a head that learns; leave it out.")
     filled = {key: group for key, group in groups.items() if group}
     return [
-        {"params": group, "weight_decay": decay, "peak": rate, "use_fallback": fallback}
-        for (decay, rate, fallback), group in filled.items()
+        {"params": group, "weight_decay": decay, "peak": rate, "use_fallback": fallback, "begins": begins}
+        for (decay, rate, fallback, begins), group in filled.items()
     ]
 
 

@@ -256,10 +256,10 @@ class Run:
         for name, own in self._apart().items():
             parts = state["apart"].get(name) or [own]  # of one process there is one queue, which all take
             own.copy_(parts[self.ranks.rank % len(parts)])
-        peaks = [group["peak"] for group in self.optimizer.param_groups]
+        given = [{name: group[name] for name in ("peak", "begins")} for group in self.optimizer.param_groups]
         load_optimizer(self.optimizer, state["optimizer"])
-        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
-            group["peak"] = peak
+        for group, values in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(values)
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.guard.restore(state["guard"])
