@@ -26,12 +26,14 @@ SELF_SUPERVISED = {"simsiam", "simclr"}
 Triple = tuple[float, float, float]
 
 
-Tune = Literal["all", "biases", "projection", "nothing"]
+Tune = Literal["all", "lora", "biases", "projection", "nothing"]
 TUNE = (
-    "what of the tower learns: all; its biases and projection (BitFit); its projection to the joint space alone; "
-    "nothing (LiT). Dropout and the statistics of batch norms rest where not all learns"
+    "what of the tower learns: all; low-rank changes of its matrices, and its projection to the joint space (LoRA); "
+    "its biases and projection (BitFit); its projection alone; nothing (LiT). Dropout and the statistics of batch norms "
+    "rest where not all learns"
 )
-OURS = frozenset({"init", "tune", "views_kept", "kept"})  # fields that are no words of open_clip's
+RANK = "with tune = lora: rank of what is added to each matrix, scaled by two"
+OURS = frozenset({"init", "tune", "lora_rank", "views_kept", "kept"})  # fields that are no words of open_clip's
 
 
 class ImageTower(Section):
@@ -45,6 +47,7 @@ class ImageTower(Section):
         "tower of whatever declip evaluate opens; architecture and pixels follow them",
     )
     tune: Tune = Field("all", description=TUNE)
+    lora_rank: int = Field(8, gt=0, description=RANK)
     views_kept: int = Field(
         4,
         ge=0,
@@ -69,6 +72,7 @@ class TextTower(Section):
         "evaluate opens; architecture and tokenizer follow them",
     )
     tune: Tune = Field("all", description=TUNE)
+    lora_rank: int = Field(8, gt=0, description=RANK)
     kept: bool = Field(
         True,
         description="with tune = projection or nothing: every caption goes through the tower once, before the first "
@@ -206,6 +210,10 @@ class Recipe(Section):
                 raise ValueError(f"{field} goes back to model.init, which is not set: set it, or leave that out")
             if self.engine.shard:
                 raise ValueError(f"engine.shard does not go with {field}: leave one out")
+        if "lora" in (self.model.image.tune, self.model.text.tune) and (
+            self.engine.shard or self.evaluation.interpolate
+        ):
+            raise ValueError("tune = lora goes with neither engine.shard nor evaluation.interpolate: leave one out")
         if self.model.unmasked_end and not self.model.patch_dropout:
             raise ValueError("model.unmasked_end ends model.patch_dropout, which is 0: set that too")
         return self

@@ -99,6 +99,35 @@ def test_kept_features_are_the_towers(image: list[str], tiny: MakeRecipe, tmp_pa
         assert any(np.array_equal(kept.pooled_images[0, row], view) for view in run.kept.images[index])  # type: ignore[index]
 
 
+@pytest.mark.parametrize("image", [[], [RESNET]])
+def test_low_rank_changes_end_in_the_weights(image: list[str], tiny: MakeRecipe, tmp_path: Path) -> None:
+    """A run of LoRA ends as a plain model that embeds as the towers with their adapters do, and can be resumed."""
+    lora = ["model.image.tune=lora", "model.text.tune=lora", "model.text.lora_rank=2", "optimizer.lr=0.01"]
+    recipe = tiny("clip", *image, *lora, "evaluation.every=1.0")
+    summary = declip.train(recipe, tmp_path / "run", quiet=True)
+    found = changed(recipe, tmp_path / "run") - {"logit_scale"}
+    assert {
+        "text_projection",
+        "transformer.resblocks.0.attn.in_proj_weight",
+        "transformer.resblocks.0.mlp.c_fc.weight",
+    } <= found
+    assert not [name for name in found if "ln_" in name or "embedding" in name or "bn" in name]
+    torch.manual_seed(recipe.seed)
+    before = DualEncoder(recipe).clip.state_dict()
+    change = (
+        weights(tmp_path / "run")["transformer.resblocks.0.mlp.c_fc.weight"]
+        - before["transformer.resblocks.0.mlp.c_fc.weight"]
+    )
+    assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 2
+    run = set_up(recipe, tmp_path / "run", True, loop.Ranks())
+    assert run.held_out is not None
+    adapted = run.held_out.score(run.model, torch.device("cpu"))
+    plain = DualEncoder(recipe)
+    plain.clip.load_state_dict(weights(tmp_path / "run"))
+    assert run.held_out.score(plain, torch.device("cpu")) == adapted
+    assert summary["held_out_score"] == round(adapted["score"], 2)
+
+
 def test_two_views_of_an_image_are_different_ones(tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny("declip", "model.image.tune=nothing", "model.image.views_kept=2")
     run = set_up(recipe, tmp_path / "run", False, loop.Ranks())

@@ -1,11 +1,13 @@
-"""What of the towers learns: all, biases (BitFit), the projection into the joint space, or nothing (LiT)."""
+"""What of the towers learns: all, low-rank changes (LoRA), biases (BitFit), the projection alone, or nothing (LiT)."""
 
 from __future__ import annotations
 
 import re
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from declip.errors import InputError
 from declip.model.towers import Towers
@@ -54,3 +56,42 @@ def rest(clip: Towers, part: Part) -> None:
     for name, module in clip.named_children():
         if (name == "visual") == (part == "image"):
             module.eval()
+
+
+class LowRank(nn.Module):
+    """A weight ``[out, …]`` plus twice the product of two thin matrices, which is zero at first."""
+
+    def __init__(self, weight: Tensor, rank: int) -> None:
+        super().__init__()
+        width = weight[0].numel()
+        self.down = nn.Parameter(torch.randn(rank, width) / width**0.5)
+        self.up = nn.Parameter(torch.zeros(len(weight), rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + 2 * (self.up @ self.down).view_as(weight)
+
+
+def add_adapters(clip: Towers, part: Part, rank: int) -> None:
+    """Low-rank changes of a tower's matrices and plain convolutions, which alone then learn with its projection.
+
+    LoRA (Hu et al. 2021, arXiv 2106.09685). Not by peft, whose change of ``nn.MultiheadAttention``'s last matrix has no
+    effect (0.21). `plain_state` has the changes in the weights.
+    """
+    for name, module in list(clip.named_modules()):
+        within = name.removeprefix("visual.").removeprefix("text.")
+        if name.startswith("visual.") != (part == "image") or PROJECTION.match(f"{within}."):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            register_parametrization(module, "in_proj_weight", LowRank(module.in_proj_weight, rank))
+        elif isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            register_parametrization(module, "weight", LowRank(module.weight, rank))
+
+
+def plain_state(clip: Towers) -> dict[str, Tensor]:
+    """The towers' tensors under their own names, low-rank changes added to the weights."""
+    state: dict[str, Tensor] = clip.state_dict()
+    for name, module in clip.named_modules():
+        if is_parametrized(module):
+            for tensor in module.parametrizations:
+                state[f"{name}.{tensor}"] = getattr(module, tensor).detach()
+    return {name: tensor for name, tensor in state.items() if ".parametrizations." not in name}

@@ -17,6 +17,7 @@ from declip.data.loader import BatchMaker, make_loader
 from declip.errors import Diverged, InputError, Preempted, RunStopped
 from declip.model.dual_encoder import DualEncoder
 from declip.model.start import load_towers, read_start
+from declip.model.tuning import add_adapters
 from declip.objectives.objective import build_objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe
@@ -107,6 +108,10 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
             print(f"The weights have no {name} of this width, it starts anew.", file=sys.stderr)
         if start.whole is not None:
             take_heads(start.whole, f"model.init = {recipe.model.init!r}", model, objective)
+    if recipe.model.image.tune == "lora":
+        add_adapters(model.clip, "image", recipe.model.image.lora_rank)
+    if recipe.model.text.tune == "lora":
+        add_adapters(model.clip, "text", recipe.model.text.lora_rank)
     held_out = None
     if held_images and not ranks.rank:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)

@@ -22,6 +22,7 @@ from declip.files import save_weights, write_atomically
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise
 from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
+from declip.model.tuning import plain_state
 from declip.objectives.objective import Objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe, parse_recipe
@@ -193,7 +194,7 @@ class Run:
         weights = {}
         if best:
             with self.averaged():
-                weights[WEIGHTS_BEST] = self.model.clip.state_dict()
+                weights[WEIGHTS_BEST] = plain_state(self.model.clip)
                 if heads := heads_of(self.model, self.objective):
                     weights[HEADS_BEST] = heads
         self.saver.save(self.step, self.state(), weights)
@@ -317,7 +318,7 @@ class Run:
 
     def _write_model(self) -> None:
         with self.averaged():
-            weights, heads = self.model.clip.state_dict(), heads_of(self.model, self.objective)
+            weights, heads = plain_state(self.model.clip), heads_of(self.model, self.objective)
             last = {WEIGHTS: gather_weights(weights, self.ranks), HEADS: gather_weights(heads, self.ranks)}
         if self.ranks.rank:
             return
