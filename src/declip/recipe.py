@@ -29,8 +29,8 @@ Triple = tuple[float, float, float]
 Tune = Literal["all", "lora", "biases", "projection", "nothing"]
 TUNE = (
     "what of the tower learns: all; low-rank changes of its matrices, and its projection to the joint space (LoRA); "
-    "its biases and projection (BitFit); its projection alone; nothing (LiT). Dropout and the statistics of batch norms "
-    "rest where not all learns"
+    "its biases and projection (BitFit); its projection alone; nothing (LiT). Dropout and the statistics of batch "
+    "norms rest where not all learns"
 )
 RANK = "with tune = lora: rank of what is added to each matrix, scaled by two"
 OURS = frozenset({"init", "tune", "lora_rank", "views_kept", "kept"})  # fields that are no words of open_clip's
