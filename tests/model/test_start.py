@@ -10,6 +10,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from conftest import pair, write_pairs
 from open_clip.model import resize_pos_embed, resize_text_pos_embed
 from safetensors.torch import save_file
 
@@ -220,6 +221,21 @@ def test_a_pickled_file_is_read_as_tensors_alone(weights: Path, tmp_path: Path) 
 def test_a_recipe_without_weights_stays_as_it_is() -> None:
     recipe = parse_recipe({"model": {"text": TEXT}})
     assert read_start(recipe)[0] is recipe
+
+
+def test_captions_in_another_language_are_said(
+    bert: Path, tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from declip.data.sources import open_sources
+    from declip.training.pairs import unknown_share
+
+    rows = [{**pair(number), "captions": ["a red \u732b", "x"]} for number in range(40)]
+    write_pairs(tmp_path / "pairs.parquet", rows)
+    recipe = tiny("clip", f"model.text.init={str(bert)!r}", "schedule.pairs_seen=8")
+    _, model, _ = started(recipe)
+    assert unknown_share(open_sources([str(tmp_path / "pairs.parquet")], recipe.data), model.tokenizer) == 1 / 3
+    declip.train(recipe, tmp_path / "run", quiet=True)
+    assert "knows no word for 33% of what the captions of" in capsys.readouterr().err
 
 
 def test_training_goes_on_with_resume(weights: Path, bert: Path, tiny: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -252,6 +252,7 @@ def test_writers_say_that_the_disk_is_full(train: Run, out: Path, file: str, mon
 
     def prepared(saver: Saver, *arguments: Any) -> None:
         begin(saver, *arguments)
+        (out / "checkpoints").mkdir(parents=True)
         (out / "checkpoints" / file).symlink_to("/dev/full")
 
     monkeypatch.setattr(Saver, "__init__", prepared)

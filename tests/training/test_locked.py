@@ -224,6 +224,7 @@ def test_numbers_that_half_precision_does_not_hold(
     monkeypatch.setattr(locked, "encode_image", large)
     with pytest.raises(InputError, match=r"too large to be kept in half precision: set model\.image\.views_kept=0"):
         declip.train(tiny("clip", *HEADS), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tower_without_a_projection(tiny: MakeRecipe, tmp_path: Path) -> None:

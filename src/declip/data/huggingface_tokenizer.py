@@ -28,6 +28,7 @@ class HuggingFaceTokenizer:
             raise InputError(f"The tokenizer {name!r} cannot be opened: {first_line(error)}.") from None
         self._arguments = (name, options, vocabulary)
         self.special = _special_tokens(self._tokenizer.tokenizer, vocabulary)
+        self.unknown: int | None = self._tokenizer.tokenizer.unk_token_id
         self._rust = _rust(self._tokenizer.tokenizer)
         self._whitespace = (options or {}).get("clean", "whitespace") == "whitespace"
         self._cached = functools.lru_cache(2**16)(self._encode)

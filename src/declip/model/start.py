@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from declip.errors import InputError, first_line
-from declip.model.dual_encoder import NORMALIZATIONS
+from declip.model.dual_encoder import NORMALIZATIONS, pixel_statistics
 from declip.model.export import FinishedModel, check_tensors, is_open_clip_folder, read_weights
 from declip.model.huggingface import is_huggingface_folder, read_tensors
 from declip.model.positions import fit_grid, fit_length
@@ -281,12 +281,11 @@ def _followed(recipe: Recipe, start: Start) -> dict[str, Any]:
         _same("model.embed_dim", widths[0], values.get("embed_dim", widths[0]), towers[0].where)
     values.setdefault("embed_dim", widths[0] if widths else EMBED_DIM)
     own = [tower for tower in towers if tower.quick_gelu is not None]
-    if own:
-        for tower in own:
-            _same("model.quick_gelu", tower.quick_gelu, values.setdefault("quick_gelu", own[0].quick_gelu), tower.where)
+    for tower in own:
+        _same("model.quick_gelu", tower.quick_gelu, values.setdefault("quick_gelu", own[0].quick_gelu), tower.where)
     if start.image is not None and start.image.pixels is not None:
         said = values.setdefault("normalization", _normalization(start.image.pixels))
-        if not _alike(_numbers(said), start.image.pixels):
+        if not _alike(pixel_statistics(said), start.image.pixels):
             raise InputError(
                 f"{start.image.where} was trained with model.normalization = {_normalization(start.image.pixels)}, the "
                 f"recipe says {said}: leave it out."
@@ -320,10 +319,6 @@ def _same(name: str, there: Any, here: Any, where: str) -> None:
 def _normalization(pixels: tuple[tuple[float, ...], tuple[float, ...]]) -> Any:
     """Its name, or the numbers."""
     return next((name for name, numbers in NORMALIZATIONS.items() if _alike(numbers, pixels)), pixels)
-
-
-def _numbers(normalization: Any) -> Any:
-    return NORMALIZATIONS[normalization] if isinstance(normalization, str) else normalization
 
 
 def _alike(one: Any, other: Any) -> bool:

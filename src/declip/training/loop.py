@@ -14,11 +14,12 @@ from torch import nn
 from declip.data.decoded import open_images
 from declip.data.device_views import finish_views
 from declip.data.loader import BatchMaker, make_loader
+from declip.data.sources import Source
 from declip.errors import Diverged, InputError, Preempted, RunStopped
 from declip.model.dual_encoder import DualEncoder
-from declip.model.start import load_towers, read_start
+from declip.model.start import Start, load_towers, read_start
 from declip.model.tuning import add_adapters
-from declip.objectives.objective import build_objective
+from declip.objectives.objective import Objective, build_objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.batch_norm import synchronise
@@ -42,7 +43,14 @@ from declip.training.interrupts import Interrupts, interrupts_between_steps
 from declip.training.locked import empty_features, keep_features, kept_parts, progress_bar
 from declip.training.logging import NoLog, RunLog, cut_metrics
 from declip.training.optimizer import batch_factor, check_schedule, cooldown_start, learning_rate, parameter_groups
-from declip.training.pairs import epoch_pairs, open_pairs, total_steps, used_tokens
+from declip.training.pairs import (
+    UNKNOWN_AT_MOST,
+    epoch_pairs,
+    open_pairs,
+    total_steps,
+    unknown_share,
+    used_tokens,
+)
 from declip.training.run import Run
 from declip.training.saving import NoSaver, Saver
 from declip.training.sharding import tower_blocks
@@ -97,8 +105,41 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
     held_images = open_images(held_pairs, recipe.data.cache_gb, 1.0) if held_pairs else None
     steps = total_steps(recipe, epoch_pairs(recipe, images))
     check_schedule(steps, recipe)
+    if recipe.evaluation.interpolate and not held_images:
+        raise InputError(
+            "evaluation.interpolate needs held-out pairs to choose by: set data.holdout or data.validation."
+        )
+    model, objective = _build(recipe, start, pairs, going_on, ranks)
+    held_out = None
+    if held_images and not ranks.rank:
+        held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
+    writes = out is not None and not ranks.rank
+    saver = Saver(out, recipe.engine.keep, cooldown_start(steps, recipe)) if out is not None and writes else NoSaver()
+    run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks)
+    if going_on:
+        run.read()
+    if out is None:
+        run.kept = empty_features(model, images, recipe)
+    elif kept_parts(recipe):
+        with progress_bar(quiet or ranks.rank > 0) as progress:
+            run.kept = keep_features(model, images, recipe, device, progress)
+    if writes:
+        make_run(run.out, recipe)  # where it goes on, the schedule may be another
+        if going_on:
+            cut_metrics(run.out, run.step)
+    return run
+
+
+def _build(recipe: Recipe, start: Start, pairs: Source, going_on: bool, ranks: Ranks) -> tuple[DualEncoder, Objective]:
+    """Towers and terms with the weights that they start from; where a run goes on, its checkpoint has them."""
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
+    if not ranks.rank and (share := unknown_share(pairs, model.tokenizer)) > UNKNOWN_AT_MOST:
+        print(
+            f"The text tower's tokenizer knows no word for {share:.0%} of what the captions of {pairs.name} say, and "
+            "takes it all for the same: choose a text tower of their language.",
+            file=sys.stderr,
+        )
     objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
     parameter_groups([model, objective], recipe.optimizer)  # whether the rates fit the towers
     if recipe.engine.shard:
@@ -112,30 +153,7 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
         add_adapters(model.clip, "image", recipe.model.image.lora_rank)
     if recipe.model.text.tune == "lora":
         add_adapters(model.clip, "text", recipe.model.text.lora_rank)
-    held_out = None
-    if held_images and not ranks.rank:
-        held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
-    if recipe.evaluation.interpolate and not held_images:
-        raise InputError(
-            "evaluation.interpolate needs held-out pairs to choose by: set data.holdout or data.validation."
-        )
-    saver: Saver = NoSaver()
-    if out is not None and not ranks.rank:
-        if not going_on:
-            make_run(out, recipe)
-        saver = Saver(out, recipe.engine.keep, cooldown_start(steps, recipe))
-    run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks)
-    if going_on:
-        run.read()
-        if not ranks.rank:
-            make_run(run.out, recipe)  # the schedule may be another
-            cut_metrics(run.out, run.step)
-    if out is None:
-        run.kept = empty_features(model, images, recipe)
-    elif kept_parts(recipe):
-        with progress_bar(quiet or ranks.rank > 0) as progress:
-            run.kept = keep_features(model, images, recipe, device, progress)
-    return run
+    return model, objective
 
 
 def _go_to_the_end(run: Run, log: RunLog, interrupts: Interrupts) -> None:

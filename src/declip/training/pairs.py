@@ -12,6 +12,10 @@ from declip.errors import InputError
 from declip.pairs import Data
 from declip.recipe import Recipe
 
+UNKNOWN_AT_MOST = 0.05
+"""Share of unknown words in captions above which a run says so."""
+_CAPTIONED = 2000  # pairs whose captions are looked at
+
 
 def open_pairs(data: Data) -> tuple[Source, Source | None]:
     """The training pairs and the held-out pairs of a recipe."""
@@ -41,6 +45,21 @@ def used_tokens(recipe: Recipe, pairs: Source, tokenizer: CaptionTokenizer) -> T
         return None
     captions = (caption for index in range(len(pairs)) for caption in pairs.captions(index))
     return torch.tensor(sorted({token for caption in captions for token in tokenizer.encode(caption)}))
+
+
+def unknown_share(pairs: Source, tokenizer: CaptionTokenizer) -> float:
+    """Which share of the captions' tokens the tokenizer knows no word for, by some of the pairs."""
+    unknown = getattr(tokenizer, "unknown", None)
+    if unknown is None:
+        return 0.0
+    step = max(1, len(pairs) // _CAPTIONED)
+    tokens = [
+        token
+        for index in range(0, len(pairs), step)
+        for caption in pairs.captions(index)[:1]
+        for token in tokenizer.encode(caption)
+    ]
+    return tokens.count(unknown) / max(1, len(tokens))
 
 
 def epoch_pairs(recipe: Recipe, images: Images) -> int:
