@@ -203,7 +203,8 @@ def _loaded(reader: _Views, count: int, workers: int) -> Iterator[tuple[range, n
 
 
 def _in_half(pooled: Tensor, part: str) -> Pooled:
-    found: Pooled = pooled.float().cpu().numpy().astype(np.float16)
+    with np.errstate(over="ignore"):  # what is too large is said below
+        found: Pooled = pooled.float().cpu().numpy().astype(np.float16)
     if not np.isfinite(found).all():
         raise InputError(
             f"The {part} tower gives numbers that are none, or too large to be kept in half precision: set "
