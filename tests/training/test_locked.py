@@ -215,16 +215,32 @@ def test_a_broken_image_is_stood_in_for(tiny: MakeRecipe, tmp_path: Path, capsys
 def test_numbers_that_half_precision_does_not_hold(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = locked.encode_image
+    encode = locked.before_projection
+    monkeypatch.setattr(locked, "_shape_of_image", lambda _: (32,))
 
     def large(*args: object) -> object:
-        found = encode(*args)  # type: ignore[arg-type]
-        return found._replace(pooled=found.pooled * 1e7)
+        return encode(*args) * 1e7  # type: ignore[arg-type]
 
-    monkeypatch.setattr(locked, "encode_image", large)
+    monkeypatch.setattr(locked, "before_projection", large)
     with pytest.raises(InputError, match=r"too large to be kept in half precision: set model\.image\.views_kept=0"):
         declip.train(tiny("clip", *HEADS), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_pooling_that_learns_is_fed_with_grids(tiny: MakeRecipe, tmp_path: Path) -> None:
+    tower = "model.image={ timm_model_name = 'resnet10t', timm_pool = 'rot_attn', timm_proj = '', image_size = 64 }"
+    recipe = tiny("clip", tower, *HEADS, "model.image.views_kept=2", "optimizer.lr=0.01")
+    run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
+    assert run.kept.images is not None
+    assert run.kept.images.shape == (32, 2, 512, 2, 2)
+    batch = batch_maker(run).make(0)
+    assert batch.pooled_images is not None
+    assert batch.pooled_images.shape == (1, 8, 512, 2, 2)
+    declip.train(recipe, tmp_path / "whole", quiet=True)
+    found = changed(recipe, tmp_path / "whole")
+    assert any(name.startswith("visual.head.pool") for name in found)
+    assert not any(name.startswith("visual.trunk") for name in found)
+    assert locked.empty_features(run.model, run.images, recipe).images.shape == run.kept.images.shape  # type: ignore[union-attr]
 
 
 def test_a_tower_without_a_projection(tiny: MakeRecipe, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ Pooled = NDArray[np.float16]
 class Kept:
     """Pooled features, mapped into memory; None of a tower that is not locked.
 
-    images: [pairs, views, width], NaN where an image could not be read; texts: [captions, width], those of a pair one
+    images: [pairs, views, width] or, where pooling learns, [pairs, views, width, height, width] of a grid; NaN where an
+    image could not be read; texts: [captions, width], those of a pair one
     after the other, as `Images.caption_ends` counts them
     """
 
@@ -26,10 +27,10 @@ class Kept:
     texts: Pooled | None = None
 
     def views(self, source: Any, index: int, count: int, rng: np.random.Generator) -> Pooled:
-        """[count, width] of different views, as long as there are so many; raises BrokenPair."""
+        """Those of `count` different views, as long as there are so many; raises BrokenPair."""
         assert self.images is not None
         own = self.images[index]
-        if np.isnan(own[0, 0]):
+        if np.isnan(own.flat[0]):
             raise BrokenPair(source.key(index), source.where(index), "its image cannot be read")
         chosen: Pooled = own[rng.permutation(len(own))[np.arange(count) % len(own)]]
         return chosen

@@ -102,7 +102,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         broken: list[tuple[int, str, str]] = []
         of_all = len(self.image_views), len(self.rows)
         images = np.empty((*of_all, *((self.size, self.size) if self.kept.images is None else (0, 0)), 3), np.uint8)
-        pooled = None if self.kept.images is None else np.empty((*of_all, self.kept.images.shape[-1]), np.float16)
+        pooled = None if self.kept.images is None else np.empty((*of_all, *self.kept.images.shape[2:]), np.float16)
         draws = np.empty((*images.shape[:2], DRAWS), np.float32) if self.crops_only else None
         items = self.order.batch(number)
         # With pool=each an item is a caption, and the pair is the one that it belongs to.

@@ -49,8 +49,24 @@ def encode_image(clip: Towers, pixels: Tensor) -> EncodedImages:
     return EncodedImages(tower(pixels), None, None)
 
 
+def before_projection(clip: Towers, pixels: Tensor) -> Tensor:
+    """What `project_image` makes the embedding of: [batch, width], or a grid [batch, width, height, width].
+
+    A grid where pooling is a part of the projection that learns (timm_pool = rot_attn); the embedding itself where
+    there is no projection.
+    """
+    from open_clip.timm_model import TimmModel
+
+    tower: Any = clip.visual
+    if isinstance(tower, TimmModel) and hasattr(tower.trunk, "forward_head"):
+        features: Tensor = tower.trunk.forward_head(tower.trunk.forward_features(pixels))
+        return features
+    encoded = encode_image(clip, pixels)
+    return encoded.embedding if encoded.pooled is None else encoded.pooled
+
+
 def project_image(clip: Towers, pooled: Tensor) -> Tensor:
-    """The embedding [batch, dim] of what an image tower pools, [batch, width]: see `EncodedImages`."""
+    """The embedding [batch, dim] of what an image tower gives before its projection: see `before_projection`."""
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import VisionTransformer
 

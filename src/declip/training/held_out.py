@@ -18,7 +18,7 @@ from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise, embed_images, embed_texts
-from declip.model.image_tower import encode_image, project_image
+from declip.model.image_tower import before_projection, project_image
 from declip.model.text_tower import encode_text, needs_full_captions, project_text, trim
 from declip.model.tuning import LOCKED, Part
 from declip.recipe import Recipe
@@ -85,8 +85,7 @@ class HeldOut:
 
 
 def _pool(model: DualEncoder, part: Part, rows: Tensor, pad: int) -> Tensor:
-    """[rows, width], what a locked tower pools."""
+    """What a locked tower gives before its projection, a row each."""
     if part == "text":
         return encode_text(model.clip, rows if needs_full_captions(model.clip) else trim(rows, pad)).pooled
-    encoded = encode_image(model.clip, model.pixels(rows))
-    return encoded.embedding if encoded.pooled is None else encoded.pooled
+    return before_projection(model.clip, model.pixels(rows))

@@ -22,7 +22,7 @@ from declip.data.storage import Storage
 from declip.errors import InputError
 from declip.files import write_atomically
 from declip.model.dual_encoder import DualEncoder
-from declip.model.image_tower import encode_image
+from declip.model.image_tower import before_projection
 from declip.model.products import by_onednn
 from declip.model.text_tower import encode_text
 from declip.model.tuning import LOCKED, PROJECTION, Part
@@ -103,30 +103,39 @@ def keep_features(
 
 def empty_features(model: DualEncoder, images: Images, recipe: Recipe) -> Kept:
     """Zeros in the place of `keep_features`, for a run that only measures its steps."""
-    parts = kept_parts(recipe)
-    width = model.pooled_width or model.dim
-    of_images = np.zeros((1, 1, width), np.float16), (len(images.source), recipe.model.image.views_kept, width)
-    return Kept(
-        np.broadcast_to(*of_images) if "image" in parts else None,
-        np.broadcast_to(np.zeros((1, model.text.width), np.float16), (int(images.caption_ends[-1]), model.text.width))
-        if "text" in parts
-        else None,
-    )
+    found: dict[str, Pooled] = {}
+    for part in kept_parts(recipe):
+        if part == "image":
+            shape: tuple[int, ...] = (len(images.source), recipe.model.image.views_kept, *_shape_of_image(model))
+        else:
+            shape = (int(images.caption_ends[-1]), model.text.width)
+        found[f"{part}s"] = np.broadcast_to(np.zeros((), np.float16), shape)
+    return Kept(**found)
+
+
+@torch.no_grad()
+def _shape_of_image(model: DualEncoder) -> tuple[int, ...]:
+    was_training = model.training
+    model.eval()
+    nothing = torch.zeros(1, 3, model.image_size, model.image_size, device=model.mean.device)
+    shape = before_projection(model.clip, nothing).shape[1:]
+    model.train(was_training)
+    return tuple(shape)
 
 
 def _write_images(
     place: Path, model: DualEncoder, images: Images, recipe: Recipe, device: torch.device, progress: Progress | None
 ) -> None:
     reader = _Views(images, recipe, model.image_size)
-    width, count = model.pooled_width or model.dim, len(images.source)
-    out = np.lib.format.open_memmap(place, mode="w+", dtype=np.float16, shape=(count, reader.count, width))
+    shape, count = (reader.count, *_shape_of_image(model)), len(images.source)
+    out = np.lib.format.open_memmap(place, mode="w+", dtype=np.float16, shape=(count, *shape))
     with _applied(model, recipe, device):
         for rows, views, readable in _loaded(reader, count, recipe.data.workers):
             out[rows.start : rows.stop] = np.nan
             if len(views):
-                encoded = encode_image(model.clip, model.pixels(torch.from_numpy(views).flatten(0, 1).to(device)))
-                pooled = encoded.embedding if encoded.pooled is None else encoded.pooled
-                out[np.asarray(rows)[readable]] = _in_half(pooled, "image").reshape(len(views), reader.count, width)
+                pixels = model.pixels(torch.from_numpy(views).flatten(0, 1).to(device))
+                pooled = _in_half(before_projection(model.clip, pixels), "image")
+                out[np.asarray(rows)[readable]] = pooled.reshape(len(views), *shape)
             if progress:
                 progress("locked image tower", rows.stop, count)
     out.flush()
