@@ -77,6 +77,20 @@ def test_what_starts_anew_is_the_trained_one(
         torch.testing.assert_close(tensor, (start if kept else end)[name], msg=name)
 
 
+def test_statistics_of_a_tower_that_starts_at_random_are_the_trained_ones(
+    first: Path, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resnet = "model.image={ image_size = 32, layers = [1, 1, 1, 1], width = 8, head_width = 32 }"
+    asked = [resnet, f"model.text.init={str(first)!r}", "schedule.pairs_seen=24", "evaluation.every=1.0"]
+    declip.train(tiny("clip", *asked), tmp_path / "plain", quiet=True)
+    scored(monkeypatch, 0.0)
+    declip.train(tiny("clip", *asked, "evaluation.interpolate=true"), tmp_path / "run", quiet=True)
+    found, end = weights(tmp_path / "run"), weights(tmp_path / "plain")
+    assert torch.equal(found["token_embedding.weight"], weights(first)["token_embedding.weight"])
+    for name in [name for name in found if name.startswith("visual.")]:
+        torch.testing.assert_close(found[name], end[name], msg=name)
+
+
 def test_what_it_needs_is_said(first: Path, tiny: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"evaluation\.interpolate goes back to model\.init, which is not set"):
         tiny("clip", "evaluation.interpolate=true")

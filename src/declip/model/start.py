@@ -2,7 +2,7 @@
 
 `read_start` reads the weights that `model.init`, `model.image.init` and `model.text.init` name, and returns the recipe
 with their architecture, pixels and tokenizer filled in. `load_towers` puts the weights into the towers built from it,
-with position embeddings fitted to another image size or caption length.
+with position embeddings fitted to another image size or caption length; `first_weights` are these tensors alone.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from declip.model.positions import fit_grid, fit_length
 from declip.model.pretrained import read_model
 from declip.model.released import read_state
 from declip.model.towers import CONTEXT_LENGTH, Towers
-from declip.model.tuning import PROJECTION, Part
+from declip.model.tuning import Part, is_projection, part_of
 from declip.recipe import OURS, ImageTower, Recipe, TextTower, parse_recipe
 
 EMBED_DIM = 512
 """Width of the joint embedding where neither the recipe nor a projection among the weights says it."""
 
 # Settings that change no trained tower: for training only, or of where to fetch things.
-FREE = frozenset(
+_FREE = frozenset(
     {"patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained", "hf_model_pretrained"}
     | {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "output_tokens", "pad_id", "eos_id"}
 )
@@ -106,24 +106,37 @@ def read_start(recipe: Recipe) -> tuple[Recipe, Start]:
     return parse_recipe({**recipe.model_dump(exclude_unset=True), "model": _followed(recipe, start)}), start
 
 
-def load_towers(start: Start, clip: Towers) -> list[str]:
-    """Put the weights into towers that were built from the recipe that `read_start` returned.
+def first_weights(start: Start, clip: Towers) -> dict[str, Tensor]:
+    """The tensors that come from weights, by their names in towers built from the recipe that `read_start` returned.
 
-    Returns the names of projections that the weights have none for, or one of another width: they start at random.
+    A projection that the weights have none for, or one of another width, is not among them: it starts at random.
     Raises InputError, naming the first tensor, where weights do not fit.
     """
-    anew = []
-    towers: list[tuple[Part, TowerStart | None]] = [("image", start.image), ("text", start.text)]
-    for part, tower in towers:
-        if tower is not None:
-            anew += _load(tower, clip, part, alone=start.whole is None)
+    found: dict[str, Tensor] = {}
+    if start.image is not None:
+        found |= _fitted(start.image, clip, "image", alone=start.whole is None)
+    if start.text is not None:
+        found |= _fitted(start.text, clip, "text", alone=start.whole is None)
     if start.whole is not None:
-        with torch.no_grad():
-            for name in ("logit_scale", "logit_bias"):
-                own, stored = getattr(clip, name), start.whole.weights.get(name)
-                if own is not None and stored is not None:
-                    own.copy_(stored)
-    return anew
+        own = clip.state_dict().keys()
+        found |= {name: t for name, t in start.whole.weights.items() if part_of(name) is None and name in own}
+    return found
+
+
+def load_towers(start: Start, clip: Towers) -> list[str]:
+    """Put the weights into the towers; returns the names, within a tower, of projections that start at random.
+
+    Not of towers that never have one, as timm's and Hugging Face's.
+    Raises InputError as `first_weights` does.
+    """
+    found = first_weights(start, clip)
+    clip.load_state_dict(found, strict=False)
+    towers = (("image", start.image), ("text", start.text))
+    started = {part for part, tower in towers if tower is not None and tower.kind == "open_clip"}
+    anew = [
+        name for name in clip.state_dict() if part_of(name) in started and is_projection(name) and name not in found
+    ]
+    return [name.removeprefix("visual.").removeprefix("text.") for name in anew]
 
 
 # Reading
@@ -230,7 +243,7 @@ def _from_finished(finished: FinishedModel, part: Part, where: str) -> TowerStar
     shown = {"layers", "width", "head_width", "patch_size", "image_size", "heads", "vocab_size", "context_length"}
     settings = {k: v for k, v in usual_cfg.items() if k in shown} | {k: v for k, v in own.items() if v is not None}
     size = "image_size" if part == "image" else "context_length"
-    free = {size, *FREE}
+    free = {size, *_FREE}
     facts = _Facts(
         {k: v for k, v in settings.items() if k not in free},
         {k: v for k, v in settings.items() if k in free and k != "patch_dropout"},
@@ -302,7 +315,7 @@ def _filled(tower: TowerStart, said: Mapping[str, Any], section: str) -> dict[st
     for name, value in said.items():
         if name in tower.facts.fixed:
             _same(f"{section}.{name}", tower.facts.fixed[name], value, tower.where)
-        elif name not in {*OURS, *tower.facts.usual, *FREE, *_UNUSED[tower.kind]}:
+        elif name not in {*OURS, *tower.facts.usual, *_FREE, *_UNUSED[tower.kind]}:
             raise InputError(f"{tower.where} is of another architecture: {section}.{name} = {value!r} is not its own.")
     filled = {**tower.facts.usual, **tower.facts.fixed, **said}
     for name in ("hf_model_pretrained", "timm_model_pretrained"):  # the weights are at hand
@@ -328,34 +341,28 @@ def _alike(one: Any, other: Any) -> bool:
 # Loading
 
 
-def _load(start: TowerStart, clip: Towers, part: Part, alone: bool) -> list[str]:
-    """Put a tower's weights in; returns the names that start anew.
+def _fitted(start: TowerStart, clip: Towers, part: Part, alone: bool) -> dict[str, Tensor]:
+    """A tower's weights by their names in `clip`, positions fitted.
 
     alone: the other tower is not of the same model, so that a projection of another width is one to be learnt.
     """
     prefix = _prefix(start, clip, part)
-    others = ("visual.", "logit_") if not prefix else ()
-    expected = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in clip.state_dict().items()
-        if name.startswith(prefix) and not name.startswith(others or ("\0",))
-    }
-    tensors = dict(start.tensors)
+    expected = {n: t for n, t in clip.state_dict().items() if part_of(n) == part and n.startswith(prefix)}
+    tensors = {prefix + name: tensor for name, tensor in start.tensors.items()}
     if start.kind == "huggingface":  # pooling and heads of other tasks
         tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
-    anew = []
-    for name, own in expected.items():
-        found = tensors.get(name)
-        if alone and PROJECTION.match(name) and (found is None or found.shape != own.shape):
-            tensors[name] = own
-            anew.append(name)
-        elif found is not None and found.shape != own.shape and _POSITIONS.search(name):
-            tensors[name] = fit_grid(found, own.shape) if part == "image" else fit_length(found, own.shape[0])
+    for name, tensor in list(tensors.items()):
+        fits = name in expected and tensor.shape == expected[name].shape
+        if alone and is_projection(name) and not fits:
+            del tensors[name]
+        elif name in expected and not fits and _POSITIONS.search(name):
+            shape = expected[name].shape
+            tensors[name] = fit_grid(tensor, shape) if part == "image" else fit_length(tensor, shape[0])
     if alone:
-        tensors = {name: tensor for name, tensor in tensors.items() if name in expected or not PROJECTION.match(name)}
-    check_tensors(expected, tensors, start.where)
-    clip.load_state_dict({prefix + name: tensor for name, tensor in tensors.items()}, strict=False)
-    return anew
+        expected = {n: t for n, t in expected.items() if n in tensors or not is_projection(n)}
+    asked, given = ({name.removeprefix(prefix): t for name, t in some.items()} for some in (expected, tensors))
+    check_tensors(asked, given, start.where)
+    return tensors
 
 
 def _prefix(start: TowerStart, clip: Towers, part: Part) -> str:

@@ -18,43 +18,37 @@ Part = Literal["image", "text"]
 LOCKED = ("projection", "nothing")
 """Ways to tune in which what a tower pools stays the same."""
 
-PROJECTION = re.compile(r"(proj$|head\.|attnpool\.c_proj\.|text_projection|proj\.)")
-"""Names, within a tower, of what brings a pooled feature to the joint space."""
+_PROJECTION = re.compile(r"(proj$|head\.|attnpool\.c_proj\.|text_projection|proj\.)")
 
 
-def tower_of(clip: Towers, part: Part) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of a tower by their names within it."""
-    found = []
-    for name, parameter in clip.named_parameters():
-        if name.startswith("visual."):
-            own: Part = "image"
-        elif name.startswith("logit_"):
-            continue
-        else:
-            own = "text"
-        if own == part:
-            found.append((name.removeprefix("visual.").removeprefix("text."), parameter))
-    return found
+def part_of(name: str) -> Part | None:
+    """The tower that a parameter or module of the two towers belongs to, by its name; None of a logit scale or bias."""
+    if name.startswith("logit_"):
+        return None
+    return "image" if name == "visual" or name.startswith("visual.") else "text"
+
+
+def is_projection(name: str) -> bool:
+    """Whether a tensor of the two towers, by its name, brings a pooled feature to the joint space."""
+    return _PROJECTION.match(name.removeprefix("visual.").removeprefix("text.")) is not None
 
 
 def choose_parameters(clip: Towers, part: Part, tune: Tune) -> None:
     """Let the parameters of a tower learn that `tune` says; raises InputError where it has no projection to learn."""
     if tune == "all":
         return
-    learning = 0
-    for name, parameter in tower_of(clip, part):
-        is_projection = PROJECTION.match(name) is not None
-        learns = tune != "nothing" and (is_projection or (tune == "biases" and name.endswith("bias")))
+    own = [(name, parameter) for name, parameter in clip.named_parameters() if part_of(name) == part]
+    for name, parameter in own:
+        learns = tune != "nothing" and (is_projection(name) or (tune == "biases" and name.endswith("bias")))
         parameter.requires_grad_(learns)
-        learning += is_projection
-    if tune == "projection" and not learning:
+    if tune == "projection" and not any(is_projection(name) for name, _ in own):
         raise InputError(f"model.{part}.tune = projection: this tower has no projection of its own.")
 
 
 def rest(clip: Towers, part: Part) -> None:
     """Dropout and batch norms of a tower that does not learn as a whole behave as in a finished model."""
     for name, module in clip.named_children():
-        if (name == "visual") == (part == "image"):
+        if part_of(name) == part:
             module.eval()
 
 
@@ -78,8 +72,7 @@ def add_adapters(clip: Towers, part: Part, rank: int) -> None:
     effect (0.21). `plain_state` has the changes in the weights.
     """
     for name, module in list(clip.named_modules()):
-        within = name.removeprefix("visual.").removeprefix("text.")
-        if name.startswith("visual.") != (part == "image") or PROJECTION.match(f"{within}."):
+        if part_of(name) != part or is_projection(f"{name}."):
             continue
         if isinstance(module, nn.MultiheadAttention):
             register_parametrization(module, "in_proj_weight", LowRank(module.in_proj_weight, rank))

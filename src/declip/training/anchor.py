@@ -5,10 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from declip.model.dual_encoder import DualEncoder
-from declip.model.start import load_towers, read_start
-from declip.recipe import Recipe
-
 
 class Anchor:
     """Decay towards the weights at the start instead of zero (Li et al. 2018, arXiv 1802.01483).
@@ -32,13 +28,3 @@ class Anchor:
             held = [parameter for parameter in group["params"] if id(parameter) in self.start]
             if held and group["lr"]:
                 torch._foreach_lerp_(held, [self.start[id(one)] for one in held], group["lr"] * self.strength)
-
-
-def initial_weights(recipe: Recipe) -> dict[str, Tensor]:
-    """The towers' tensors that came from weights when the run began."""
-    resolved, start = read_start(recipe)
-    clip = DualEncoder(resolved).clip
-    for parameter in clip.parameters():
-        parameter.detach().fill_(torch.nan)
-    load_towers(start, clip)
-    return {name: tensor for name, tensor in clip.state_dict().items() if not tensor.isnan().any()}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from declip.files import save_weights
 from declip.model.export import WEIGHTS, read_weights
-from declip.training.anchor import initial_weights
 from declip.training.run import Run
 
 SHARES = tuple(step / 10 for step in range(11))
@@ -25,7 +24,7 @@ def interpolate(run: Run) -> dict[str, Any]:
     the mixture nearest to the start is taken.
     """
     assert run.held_out is not None
-    first, trained = initial_weights(run.recipe), read_weights(run.out / WEIGHTS)
+    first, trained = run.first, read_weights(run.out / WEIGHTS)
     scores = {}
     for share in SHARES:
         run.model.clip.load_state_dict(mixture(first, trained, share))

@@ -25,7 +25,7 @@ from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import before_projection
 from declip.model.products import by_onednn
 from declip.model.text_tower import encode_text
-from declip.model.tuning import LOCKED, PROJECTION, Part
+from declip.model.tuning import LOCKED, Part, is_projection, part_of
 from declip.recipe import Recipe
 from declip.training.step import autocast
 
@@ -224,12 +224,10 @@ def _in_half(pooled: Tensor, part: str) -> Pooled:
 
 def _digest_of_weights(model: DualEncoder, part: Part) -> str:
     """Of all that a tower's pooled features depend on: its modules, its tensors, and how pixels are normalised."""
-    modules = [repr(child) for name, child in model.clip.named_children() if (name == "visual") == (part == "image")]
+    modules = [repr(child) for name, child in model.clip.named_children() if part_of(name) == part]
     facts: list[str | bytes] = [*modules, str(model.mean.flatten().tolist()), str(model.std.flatten().tolist())]
     for name, tensor in model.clip.state_dict().items():
-        within = name.removeprefix("visual.").removeprefix("text.")
-        own = name.startswith("visual.") == (part == "image") and not name.startswith("logit_")
-        if own and not PROJECTION.match(within):
+        if part_of(name) == part and not is_projection(name):
             facts += [name, tensor.detach().cpu().numpy().tobytes()]
     return _hash(*facts)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from declip.data.decoded import open_images
 from declip.data.device_views import finish_views
@@ -17,7 +17,7 @@ from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import Source
 from declip.errors import Diverged, InputError, Preempted, RunStopped
 from declip.model.dual_encoder import DualEncoder
-from declip.model.start import Start, load_towers, read_start
+from declip.model.start import Start, first_weights, load_towers, read_start
 from declip.model.tuning import add_adapters
 from declip.objectives.objective import Objective, build_objective
 from declip.ranks import Ranks
@@ -109,13 +109,13 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
         raise InputError(
             "evaluation.interpolate needs held-out pairs to choose by: set data.holdout or data.validation."
         )
-    model, objective = _build(recipe, start, pairs, going_on, ranks)
+    model, objective, first = _build(recipe, start, pairs, going_on, ranks)
     held_out = None
     if held_images and not ranks.rank:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
     writes = out is not None and not ranks.rank
     saver = Saver(out, recipe.engine.keep, cooldown_start(steps, recipe)) if out is not None and writes else NoSaver()
-    run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks)
+    run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks, first)
     if going_on:
         run.read()
     if out is None:
@@ -130,8 +130,13 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
     return run
 
 
-def _build(recipe: Recipe, start: Start, pairs: Source, going_on: bool, ranks: Ranks) -> tuple[DualEncoder, Objective]:
-    """Towers and terms with the weights that they start from; where a run goes on, its checkpoint has them."""
+def _build(
+    recipe: Recipe, start: Start, pairs: Source, going_on: bool, ranks: Ranks
+) -> tuple[DualEncoder, Objective, dict[str, Tensor]]:
+    """Towers and terms with the weights that they start from; where a run goes on, its checkpoint has them.
+
+    Also these weights by name, where the recipe comes back to them.
+    """
     torch.manual_seed(recipe.seed)
     model = DualEncoder(recipe)
     if not ranks.rank and (share := unknown_share(pairs, model.tokenizer)) > UNKNOWN_AT_MOST:
@@ -149,11 +154,13 @@ def _build(recipe: Recipe, start: Start, pairs: Source, going_on: bool, ranks: R
             print(f"The weights have no {name} of this width, it starts anew.", file=sys.stderr)
         if start.whole is not None:
             take_heads(start.whole, f"model.init = {recipe.model.init!r}", model, objective)
+    comes_back = recipe.evaluation.interpolate or recipe.optimizer.start_decay
+    first = first_weights(start, model.clip) if comes_back else {}
     if recipe.model.image.tune == "lora":
         add_adapters(model.clip, "image", recipe.model.image.lora_rank)
     if recipe.model.text.tune == "lora":
         add_adapters(model.clip, "text", recipe.model.text.lora_rank)
-    return model, objective
+    return model, objective, first
 
 
 def _go_to_the_end(run: Run, log: RunLog, interrupts: Interrupts) -> None:

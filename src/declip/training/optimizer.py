@@ -12,7 +12,7 @@ from declip.errors import InputError
 from declip.model.depth import layers_to_top
 from declip.model.dual_encoder import DualEncoder
 from declip.model.towers import NORMS
-from declip.model.tuning import PROJECTION
+from declip.model.tuning import is_projection
 from declip.optimization import Optimizer
 from declip.recipe import Recipe
 from declip.training.sharding import own_part
@@ -54,7 +54,7 @@ def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[
             part = _part(name)
             found.add(part)
             own: float | None = getattr(options, f"{part}_lr")
-            if options.projection_lr is not None and part in ("image", "text") and _is_projection(name):
+            if options.projection_lr is not None and part in TOWERS and is_projection(name.removeprefix("clip.")):
                 own = options.projection_lr
             rate = (options.lr if own is None else own) * options.layer_decay ** below.get(name, 0)
             decay = 0.0 if part == "logit_scale" or name in kept else options.weight_decay
@@ -77,11 +77,6 @@ def _part(name: str) -> Literal["image", "text", "head", "logit_scale"]:
     if not name.startswith("clip."):
         return "head"
     return "image" if name.startswith("clip.visual.") else "text"
-
-
-def _is_projection(name: str) -> bool:
-    within = name.removeprefix("clip.").removeprefix("visual.").removeprefix("text.")
-    return PROJECTION.match(within) is not None
 
 
 def _layers_to_top(module: nn.Module) -> dict[str, int]:

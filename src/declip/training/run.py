@@ -26,7 +26,7 @@ from declip.model.tuning import plain_state
 from declip.objectives.objective import Objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe, parse_recipe
-from declip.training.anchor import Anchor, initial_weights
+from declip.training.anchor import Anchor
 from declip.training.average import WeightAverage
 from declip.training.checkpoint import FORMAT, HEADS_BEST, WEIGHTS_BEST, checkpoints, read_newest, step_of
 from declip.training.distributed import Broken, broadcast, collect
@@ -60,7 +60,9 @@ class Run:
         steps: int,
         saver: Saver,
         ranks: Ranks,
+        first: dict[str, Tensor],
     ) -> None:
+        """first: the towers' tensors that came from weights, where the recipe comes back to them."""
         self.recipe, self.out, self.device, self.held_out, self.steps = recipe, out, device, held_out, steps
         self.images, self.saver, self.ranks = images, saver, ranks
         self.model, self.objective = model, objective
@@ -81,9 +83,9 @@ class Run:
         self.loss_scale = LossScale(device, moves=recipe.engine.precision == "float16")
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.anchor: Anchor | None = None
-        if recipe.optimizer.start_decay:
-            self.anchor = Anchor(model.clip, initial_weights(recipe), recipe.optimizer.start_decay)
+        self.first = first
+        strength = recipe.optimizer.start_decay
+        self.anchor = Anchor(model.clip, first, strength) if strength else None
         self.average = WeightAverage(self.parameters, recipe.optimizer.ema) if recipe.optimizer.ema else None
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
         self._forget_best()
