@@ -138,6 +138,17 @@ def test_two_views_of_an_image_are_different_ones(tiny: MakeRecipe, tmp_path: Pa
     declip.train(recipe, tmp_path / "whole", quiet=True)
 
 
+def test_what_terms_see_otherwise_is_not_kept(tiny: MakeRecipe, tmp_path: Path) -> None:
+    """Tokens, and views of a second kind: a locked tower then looks at each view anew."""
+    tokens = tiny("clip", *HEADS, "terms.token_wise={ dim = 8 }", "schedule.pairs_seen=16")
+    assert locked.kept_parts(tokens) == []
+    declip.train(tokens, tmp_path / "tokens", quiet=True)
+    simsiam = ["terms.simsiam={ width = 32, bottleneck = 16 }", "data.strong_images={ blur = 1.0 }"]
+    strong = tiny("clip", *HEADS, *simsiam, "schedule.pairs_seen=16")
+    assert locked.kept_parts(strong) == ["text"]
+    declip.train(strong, tmp_path / "strong", quiet=True)
+
+
 def test_what_is_kept_is_used_again_and_made_anew_where_it_does_not_fit(
     tiny: MakeRecipe,
     tmp_path: Path,

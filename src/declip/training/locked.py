@@ -57,10 +57,13 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
 
 
 def kept_parts(recipe: Recipe) -> list[Part]:
-    """The towers whose features are kept."""
+    """The towers whose features are kept: of views of one kind, where no term compares tokens."""
     model = recipe.model
     found: list[Part] = []
-    if model.image.tune in LOCKED and model.image.views_kept and "token_wise" not in recipe.terms.active():
+    if "token_wise" in recipe.terms.active():
+        return found
+    alike = recipe.data.strong_images is None or recipe.image_views == recipe.pair_views
+    if model.image.tune in LOCKED and model.image.views_kept and alike:
         found.append("image")
     if model.text.tune in LOCKED and model.text.kept and recipe.text_views == ["caption"]:
         found.append("text")
