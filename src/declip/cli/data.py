@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from declip.cli.terminal import command, console, folder, progress_bar, whole
+from declip.cli.terminal import command, console, folder, whole
 from declip.errors import InputError
+from declip.progress import progress_bar
 
 if TYPE_CHECKING:
     from declip.pairs import Data

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import declip
-from declip.cli.terminal import command, console, progress_bar
+from declip.cli.terminal import command, console
 from declip.errors import InputError
+from declip.progress import progress_bar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from declip.evaluation import Progress
     from declip.evaluation.details import Overlap
     from declip.evaluation.judged import Judged
     from declip.evaluation.sets import TestSet
     from declip.evaluation.suite import Evaluation
+    from declip.progress import Progress
 
 MODEL = "a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released DeCLIP file"
 _FORMATS = (".html", ".json", ".csv", ".md", ".tex")

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from declip.evaluation import Progress
 
 
 def command(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
@@ -56,29 +52,6 @@ def whole(text: str) -> int:
 def is_rank() -> bool:
     """Whether this is one of several processes that train together, as torchrun starts them."""
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-
-
-@contextlib.contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr for each thing that is under way, as long as it is; a log file gets none."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    stderr = Console(stderr=True)
-    bar = Bar(console=stderr, transient=True, disable=not stderr.is_terminal)
-    tasks: dict[str, Any] = {}
-
-    def progress(what: str, done: int, total: int) -> None:
-        bar.start()  # not before there is something to show
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
-
-    try:
-        yield progress
-    finally:
-        if tasks:
-            bar.stop()
 
 
 def console() -> Console:

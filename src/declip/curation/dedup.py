@@ -22,9 +22,9 @@ from declip.curation.scan import Scan, scan
 from declip.curation.shard import valid
 from declip.data.sources import BrokenPair, Pair, Source, open_sources
 from declip.errors import InputError
-from declip.evaluation import Progress
 from declip.files import check_unused, write_atomically
 from declip.pairs import Data
+from declip.progress import Progress
 
 ROWS = 1000
 """Pairs of a row group."""

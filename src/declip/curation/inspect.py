@@ -13,8 +13,8 @@ from declip.curation.copies import find_copies
 from declip.curation.findings import find, holders
 from declip.curation.scan import Scan, scan
 from declip.data.sources import Source, Subset, open_sources
-from declip.evaluation import Progress
 from declip.pairs import Data
+from declip.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -9,8 +9,8 @@ import numpy as np
 from declip.curation.copies import find_copies
 from declip.curation.scan import Scan, scan
 from declip.data.sources import Source
-from declip.evaluation import Progress
 from declip.evaluation.details import Overlap
+from declip.progress import Progress
 
 MOST = 200_000
 """Training pairs that are looked through without being asked to: minutes."""

@@ -34,9 +34,9 @@ from declip.data.sources.opening import UNFINISHED
 from declip.data.sources.tar_index import index_writer
 from declip.data.storage import Storage, is_remote
 from declip.errors import InputError, first_line
-from declip.evaluation import Progress
 from declip.files import check_unused, write_atomically
 from declip.pairs import Data
+from declip.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,7 +14,7 @@ from declip.curation.processes import in_processes
 from declip.curation.words import caption_hash, not_language, script
 from declip.data.sources import BrokenPair, Source
 from declip.data.tokenizer import Tokenizer
-from declip.evaluation import Progress
+from declip.progress import Progress
 
 EXAMPLES = 8
 """Places that are kept of each thing found."""

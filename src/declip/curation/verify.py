@@ -16,8 +16,8 @@ from declip.data.sources.opening import UNFINISHED
 from declip.data.sources.tar_index import make_index
 from declip.data.storage import Storage
 from declip.errors import InputError
-from declip.evaluation import Progress
 from declip.pairs import Data
+from declip.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from declip.data.decoded import Images
-from declip.data.sources import BrokenPair
+from declip.data.sources import BrokenPair, Source
 
 Pooled = NDArray[np.float16]
 
@@ -19,14 +17,14 @@ class Kept:
     """Pooled features, mapped into memory; None of a tower that is not locked.
 
     images: [pairs, views, width] or, where pooling learns, [pairs, views, width, height, width] of a grid; NaN where an
-    image could not be read; texts: [captions, width], those of a pair one
-    after the other, as `Images.caption_ends` counts them
+        image could not be read
+    texts: [captions, width], those of a pair one after the other, as `Images.caption_ends` counts them
     """
 
     images: Pooled | None = None
     texts: Pooled | None = None
 
-    def views(self, source: Any, index: int, count: int, rng: np.random.Generator) -> Pooled:
+    def views(self, source: Source, index: int, count: int, rng: np.random.Generator) -> Pooled:
         """Those of `count` different views, as long as there are so many; raises BrokenPair."""
         assert self.images is not None
         own = self.images[index]
@@ -34,10 +32,3 @@ class Kept:
             raise BrokenPair(source.key(index), source.where(index), "its image cannot be read")
         chosen: Pooled = own[rng.permutation(len(own))[np.arange(count) % len(own)]]
         return chosen
-
-    def caption(self, images: Images, index: int, text: str) -> Pooled:
-        """[width] of one of a pair's captions."""
-        assert self.texts is not None
-        first = int(images.caption_ends[index - 1]) if index else 0
-        found: Pooled = self.texts[first + images.source.captions(index).index(text)]
-        return found

@@ -19,7 +19,7 @@ from declip.data.batch import Batch
 from declip.data.captions import tokenize, tokenize_masked
 from declip.data.decoded import Images
 from declip.data.device_views import DRAWS, pack
-from declip.data.kept import Kept
+from declip.data.kept import Kept, Pooled
 from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.sources import BrokenPair, Concatenation
 from declip.data.tokenizer import CaptionTokenizer, Tokenizer
@@ -99,6 +99,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         recipe, first = self.recipe, number * self.order.batch_size
         pairs: list[int] = []
         captions: list[list[str]] = []
+        pooled_texts: list[Pooled] = []
         broken: list[tuple[int, str, str]] = []
         of_all = len(self.image_views), len(self.rows)
         images = np.empty((*of_all, *((self.size, self.size) if self.kept.images is None else (0, 0)), 3), np.uint8)
@@ -114,6 +115,9 @@ class BatchMaker(Dataset[Batch | InputError]):
             index, pool, views = self._readable(int(indices[place]), first + place, taken, broken)
             pairs.append(index)
             captions.append(self._draw(pool, index, int(items[place]), int(epochs[place]), rng))
+            if self.kept.texts is not None:
+                before = int(self.images.caption_ends[index - 1]) if index else 0
+                pooled_texts.append(self.kept.texts[before + pool.index(captions[-1][0])])
             if pooled is not None:
                 pooled[:, row] = views
                 continue
@@ -121,15 +125,8 @@ class BatchMaker(Dataset[Batch | InputError]):
                 images[which, row] = pixels
                 if draws is not None:
                     draws[which, row] = pack(view)
-        pooled_texts, labels = None, None
-        if self.kept.texts is None:
-            tokens, labels = self._texts(captions, rngs)
-        else:
-            tokens = np.empty((1, len(self.rows), 0), np.int64)
-            of_captions = [
-                self.kept.caption(self.images, i, texts[0]) for i, texts in zip(pairs, captions, strict=True)
-            ]
-            pooled_texts = torch.from_numpy(np.stack(of_captions)[None])
+        nothing: tuple[np.ndarray, None] = np.empty((1, len(self.rows), 0), np.int64), None
+        tokens, labels = self._texts(captions, rngs) if self.kept.texts is None else nothing
         ids = None
         if self.wants_caption_ids:
             ids = torch.tensor([[text_hash(text) for text in texts] for texts in zip(*captions, strict=True)])
@@ -143,7 +140,7 @@ class BatchMaker(Dataset[Batch | InputError]):
             caption_ids=ids,
             draws=None if draws is None else torch.from_numpy(draws),
             pooled_images=None if pooled is None else torch.from_numpy(pooled),
-            pooled_texts=pooled_texts,
+            pooled_texts=torch.from_numpy(np.stack(pooled_texts)[None]) if pooled_texts else None,
         )
 
     def _readable(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from declip.model.pretrained import LoadedModel
     from declip.pairs import Data
+    from declip.progress import Progress
 
 TASKS = ("retrieval", "zero-shot", "linear-probe")
-
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 def evaluate(

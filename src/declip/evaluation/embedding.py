@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from declip.data.decode import decode_image
 from declip.data.sources import BrokenPair, Source
 from declip.errors import InputError
-from declip.evaluation import Progress
+from declip.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np

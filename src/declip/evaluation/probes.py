@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from declip.errors import InputError
-from declip.evaluation import Progress
 from declip.evaluation.embedding import Embedded, Encoder, embed_source
 from declip.evaluation.judged import Judged
 from declip.evaluation.linear_probe import Features, ProbeResult, few_shot, linear_probe
 from declip.evaluation.sets import TestSet
 from declip.evaluation.statistics import over_seeds
 from declip.evaluation.tasks import Labelled, classification, labelled
+from declip.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from declip.data.decode import Pixels, decode_image
-from declip.evaluation import Progress
 from declip.evaluation.corruptions import CORRUPTIONS, corrupt
 from declip.evaluation.details import Robustness
 from declip.evaluation.embedding import Embedded, Encoder
@@ -18,6 +17,7 @@ from declip.evaluation.retrieval import retrieval_metrics
 from declip.evaluation.sets import TestSet
 from declip.evaluation.tasks import Labelled, Texts
 from declip.evaluation.zero_shot import zero_shot_metrics
+from declip.progress import Progress
 
 ITEMS = 500
 """Images that are judged at each severity."""

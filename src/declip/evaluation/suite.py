@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from declip.evaluation import Progress
 from declip.evaluation.certainty import add_intervals, compare, same_queries
 from declip.evaluation.details import Details
 from declip.evaluation.embedding import Embedded, Encoder, embed_source
@@ -28,6 +27,7 @@ from declip.evaluation.tasks import (
 )
 from declip.model.prompts import resolve_templates
 from declip.model.token_similarity import similarity
+from declip.progress import Progress
 
 UNSEEN = -1e4
 """Logit of a class that a probe has seen nothing of, whose own is minus infinity."""

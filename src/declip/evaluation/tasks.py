@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from declip.errors import InputError
-from declip.evaluation import Progress
 from declip.evaluation.class_cache import cached_class_embeddings
 from declip.evaluation.embedding import Embedded, Encoder, check_finite, embed_texts
 from declip.evaluation.judged import MISSED, Judged
@@ -19,6 +18,7 @@ from declip.evaluation.sets import TestSet, check_classes, class_numbers
 from declip.evaluation.zero_shot import metrics_of_ranks as accuracies
 from declip.evaluation.zero_shot import zero_shot_ranks
 from declip.model.prompts import resolve_templates
+from declip.progress import Progress
 
 
 def possible_tasks(test: TestSet, embedded: Embedded) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,34 +26,13 @@ from declip.model.image_tower import before_projection
 from declip.model.products import by_onednn
 from declip.model.text_tower import encode_text
 from declip.model.tuning import LOCKED, Part, is_projection, part_of
+from declip.progress import Progress
 from declip.recipe import Recipe
 from declip.training.step import autocast
 
 _VIEWS_AT_ONCE = 64  # more go slower on a CPU, as they leave its caches
 _CAPTIONS_AT_ONCE = 256
 _IMAGES_READ = 100_000  # at most, to tell whether pairs are still the same
-
-Progress = Callable[[str, int, int], None]
-
-
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator[Progress | None]:
-    """A bar on stderr."""
-    if quiet:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what)
-            bar.update(tasks[what], completed=done, total=of)
-
-        yield progress
 
 
 def kept_parts(recipe: Recipe) -> list[Part]:

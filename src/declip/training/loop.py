@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from declip.model.dual_encoder import DualEncoder
 from declip.model.start import Start, first_weights, load_towers, read_start
 from declip.model.tuning import add_adapters
 from declip.objectives.objective import Objective, build_objective
+from declip.progress import progress_bar
 from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.batch_norm import synchronise
@@ -40,7 +42,7 @@ from declip.training.heads import take_heads
 from declip.training.held_out import HeldOut
 from declip.training.interpolation import interpolate
 from declip.training.interrupts import Interrupts, interrupts_between_steps
-from declip.training.locked import empty_features, keep_features, kept_parts, progress_bar
+from declip.training.locked import empty_features, keep_features, kept_parts
 from declip.training.logging import NoLog, RunLog, cut_metrics
 from declip.training.optimizer import batch_factor, check_schedule, cooldown_start, learning_rate, parameter_groups
 from declip.training.pairs import (
@@ -121,7 +123,7 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
     if out is None:
         run.kept = empty_features(model, images, recipe)
     elif kept_parts(recipe):
-        with progress_bar(quiet or ranks.rank > 0) as progress:
+        with nullcontext() if quiet or ranks.rank else progress_bar() as progress:
             run.kept = keep_features(model, images, recipe, device, progress)
     if writes:
         make_run(run.out, recipe)  # where it goes on, the schedule may be another
