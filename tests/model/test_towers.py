@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from declip.architecture import Model
 from declip.data.captions import tokenize
 from declip.data.tokenizer import MASK_ID, Tokenizer
 from declip.errors import InputError
@@ -15,7 +16,7 @@ from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image
 from declip.model.text_tower import GROUP, encode_text, trim
 from declip.model.towers import build_towers
-from declip.recipe import Model, parse_recipe
+from declip.recipe import parse_recipe
 
 TOWERS: dict[str, Any] = {
     "embed_dim": 24,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from declip.architecture import Tune
 from declip.data.batch import Batch
 from declip.data.tokenizer import EOT, Tokenizer
 from declip.errors import InputError, first_line
@@ -29,7 +30,7 @@ from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config, patch_dropouts
 from declip.model.tuning import Part, choose_parameters, rest
 from declip.ranks import ALONE, Ranks
-from declip.recipe import Recipe, Tune
+from declip.recipe import Recipe
 
 Encoded = TypeVar("Encoded", EncodedImages, EncodedTexts)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from declip.architecture import OURS, ImageTower, TextTower
 from declip.errors import InputError, first_line
 from declip.model.dual_encoder import NORMALIZATIONS, pixel_statistics
 from declip.model.export import FinishedModel, check_tensors, is_open_clip_folder, read_weights
@@ -27,7 +28,7 @@ from declip.model.pretrained import read_model
 from declip.model.released import read_state
 from declip.model.towers import CONTEXT_LENGTH, Towers
 from declip.model.tuning import Part, is_projection, part_of
-from declip.recipe import OURS, ImageTower, Recipe, TextTower, parse_recipe
+from declip.recipe import Recipe, parse_recipe
 
 EMBED_DIM = 512
 """Width of the joint embedding where neither the recipe nor a projection among the weights says it."""

@@ -6,8 +6,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from declip.architecture import OURS, Model
 from declip.errors import InputError, first_line
-from declip.recipe import OURS, Model
 
 Towers: TypeAlias = Any  # open_clip's CLIP, which holds its text tower's parts itself, or its CustomTextCLIP
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
+from declip.architecture import Tune
 from declip.errors import InputError
 from declip.model.towers import Towers
-from declip.recipe import Tune
 
 Part = Literal["image", "text"]
 
