@@ -28,6 +28,11 @@ def tokenize(texts: Sequence[Sequence[int]], context_length: int, special: Speci
     return _rows(*_flat(_cut(texts, context_length, special)), special.start, special.end, special.pad)
 
 
+def lengthen(tokens: Tokens, length: int, filler: int) -> Tokens:
+    """``[captions, longest]`` filled up to ``[captions, length]``."""
+    return np.pad(tokens, ((0, 0), (0, length - tokens.shape[1])), constant_values=filler)
+
+
 def tokenize_masked(
     texts: Sequence[Sequence[int]],
     context_length: int,

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from declip.data.apart import Apart, CaptionFeatures, ImageFeatures, text_hash
 from declip.data.batch import Batch
-from declip.data.captions import tokenize, tokenize_masked
+from declip.data.captions import NO_LABEL, lengthen, tokenize, tokenize_masked
 from declip.data.decoded import Images
 from declip.data.device_views import DRAWS, pack
 from declip.data.kept import Kept, Pooled
@@ -198,9 +198,8 @@ class BatchMaker(Dataset[Batch | InputError]):
             views.append(tokens)
         longest = self.context_length if self.full_captions else max(tokens.shape[1] for tokens in views)
         if labels is not None:
-            labels = np.pad(labels, ((0, 0), (0, longest - labels.shape[1])), constant_values=-100)
-        padded = [np.pad(t, ((0, 0), (0, longest - t.shape[1])), constant_values=special.pad) for t in views]
-        return np.stack(padded), labels
+            labels = lengthen(labels, longest, NO_LABEL)
+        return np.stack([lengthen(tokens, longest, special.pad) for tokens in views]), labels
 
     def _draw(self, pool: tuple[str, ...], index: int, item: int, epoch: int, rng: np.random.Generator) -> list[str]:
         """One caption of a pair's for each text view."""

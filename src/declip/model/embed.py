@@ -9,7 +9,7 @@ from torch import Tensor
 
 from declip.model.heads import TokenMappings
 from declip.model.image_tower import encode_image
-from declip.model.text_tower import caption_mask, encode_text, needs_full_captions, trim
+from declip.model.text_tower import caption_mask, encode_text, trim_for
 from declip.model.towers import Towers
 
 
@@ -38,7 +38,7 @@ def embed_texts(clip: Towers, tokens: Tensor, pad: int = 0, token_wise: TokenWis
     """
     if token_wise is not None and not token_wise.mask_padding:
         return token_wise.mappings.map_text(encode_text(clip, tokens, whole=True).tokens.float())
-    cut = tokens if needs_full_captions(clip) else trim(tokens, pad)
+    cut = trim_for(clip, tokens, pad)
     if token_wise is None:
         return F.normalize(encode_text(clip, cut).embedding.float(), dim=-1)
     mapped = token_wise.mappings.map_text(encode_text(clip, cut).tokens.float()) * caption_mask(cut, pad)[..., None]

@@ -99,6 +99,11 @@ def trim(tokens: Tensor, pad: int = 0) -> Tensor:
     return tokens[:, : int(caption_lengths(tokens, pad).max()) + (pad != 0)]
 
 
+def trim_for(clip: Towers, tokens: Tensor, pad: int = 0) -> Tensor:
+    """Tokens of the context's length as the tower takes them: whole where it needs them so, else as `trim`."""
+    return tokens if needs_full_captions(clip) else trim(tokens, pad)
+
+
 def caption_mask(tokens: Tensor, pad: int = 0) -> Tensor:
     """bool [batch, tokens], false where a caption is padded."""
     return torch.arange(tokens.shape[1], device=tokens.device) < caption_lengths(tokens, pad)[:, None]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from declip.data.captions import tokenize
+from declip.data.captions import lengthen, tokenize
 from declip.data.decoded import Images
 from declip.data.images import eval_view
 from declip.data.sources import BrokenPair
@@ -19,7 +19,7 @@ from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise, embed_images, embed_texts
 from declip.model.image_tower import before_projection, project_image
-from declip.model.text_tower import encode_text, needs_full_captions, project_text, trim
+from declip.model.text_tower import encode_text, project_text, trim_for
 from declip.model.tuning import LOCKED, Part
 from declip.recipe import Recipe
 
@@ -48,8 +48,7 @@ class HeldOut:
             raise InputError(f"None of the {count} held-out pairs of {images.source.name} can be read.")
         self.images = torch.from_numpy(np.stack(views))
         tokens = tokenize(ids, context_length, tokenizer.special)
-        self.tokens = torch.full((len(ids), context_length), tokenizer.special.pad)
-        self.tokens[:, : tokens.shape[1]] = torch.from_numpy(tokens)
+        self.tokens = torch.from_numpy(lengthen(tokens, context_length, tokenizer.special.pad))
         self.pad = tokenizer.special.pad
         self.image_of_text = torch.tensor(owners)
         self.pooled: dict[Part, Tensor] = {}  # of locked towers, which are asked once
@@ -87,5 +86,5 @@ class HeldOut:
 def _pool(model: DualEncoder, part: Part, rows: Tensor, pad: int) -> Tensor:
     """What a locked tower gives before its projection, a row each."""
     if part == "text":
-        return encode_text(model.clip, rows if needs_full_captions(model.clip) else trim(rows, pad)).pooled
+        return encode_text(model.clip, trim_for(model.clip, rows, pad)).pooled
     return before_projection(model.clip, model.pixels(rows))

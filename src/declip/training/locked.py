@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from declip.data.captions import tokenize
+from declip.data.captions import lengthen, tokenize
 from declip.data.decoded import Images
 from declip.data.kept import Kept, Pooled
 from declip.data.sources import BrokenPair, Source
@@ -134,12 +134,10 @@ def _write_texts(
     with _applied(model, recipe, device):
         for start in range(0, len(order), _CAPTIONS_AT_ONCE):
             rows = order[start : start + _CAPTIONS_AT_ONCE]
-            tokens = torch.from_numpy(tokenize([ids[row] for row in rows], model.context_length, special))
+            tokens = tokenize([ids[row] for row in rows], model.context_length, special)
             if model.full_captions:
-                padded = torch.full((len(rows), model.context_length), special.pad)
-                padded[:, : tokens.shape[1]] = tokens
-                tokens = padded
-            pooled = _in_half(encode_text(model.clip, tokens.to(device)).pooled, "text")
+                tokens = lengthen(tokens, model.context_length, special.pad)
+            pooled = _in_half(encode_text(model.clip, torch.from_numpy(tokens).to(device)).pooled, "text")
             if out is None:
                 out = np.lib.format.open_memmap(place, mode="w+", dtype=np.float16, shape=(len(texts), pooled.shape[1]))
             out[rows] = pooled
