@@ -9,8 +9,10 @@ from pydantic import ConfigDict, Field
 from declip.terms import Section
 
 Triple = tuple[float, float, float]
-Tune = Literal["all", "lora", "biases", "projection", "nothing"]
-OURS = frozenset({"init", "tune", "lora_rank", "views_kept", "kept"})  # fields that are no words of open_clip's
+Tune = Literal["all", "last", "lora", "biases", "projection", "nothing"]
+OURS = frozenset(
+    {"init", "tune", "tune_layers", "lora_rank", "views_kept", "kept"}
+)  # fields that are no words of open_clip's
 
 
 class _Tower(Section):
@@ -20,9 +22,12 @@ class _Tower(Section):
 
     tune: Tune = Field(
         "all",
-        description="what of the tower learns: all; low-rank changes of its matrices, and its projection to the joint "
-        "space (LoRA); its biases and projection (BitFit); its projection alone; nothing (LiT). Dropout and the "
-        "statistics of batch norms rest where not all learns",
+        description="what of the tower learns: all; its last layers and what follows them; low-rank changes of its "
+        "matrices, and its projection to the joint space (LoRA); its biases and projection (BitFit); its projection "
+        "alone; nothing (LiT). Dropout and the statistics of batch norms rest where not all learns",
+    )
+    tune_layers: int = Field(
+        3, gt=0, description="with tune = last: how many layers learn (of a ResNet, or of timm's networks, blocks)"
     )
     lora_rank: int = Field(8, gt=0, description="with tune = lora: rank of what is added to each matrix, scaled by two")
 
@@ -38,8 +43,9 @@ class ImageTower(_Tower):
     views_kept: int = Field(
         4,
         ge=0,
-        description="with tune = projection or nothing: of each image so many views are drawn and go through the tower "
-        "once, before the first step; what it gives is kept on disk, and steps pay nothing for it; 0 = none are kept",
+        description="with tune = last, projection or nothing: of each image so many views are drawn and go through "
+        "what does not learn once, before the first step; what that gives is kept on disk, and steps pay nothing for "
+        "it; 0 = none are kept",
     )
     image_size: int = Field(64, gt=0, description="side of the image views in pixels")
     layers: int | list[int] = Field(6, description="blocks of a ViT; four numbers make a ResNet of those stages")
@@ -58,8 +64,8 @@ class TextTower(_Tower):
     )
     kept: bool = Field(
         True,
-        description="with tune = projection or nothing: every caption goes through the tower once, before the first "
-        "step, where the terms ask for no other text view than the caption",
+        description="with tune = last, projection or nothing: every caption goes through what does not learn once, "
+        "before the first step, where the terms ask for no other text view than the caption",
     )
     context_length: int = Field(77, gt=2, description="captions are cut to this many tokens")
     vocab_size: int = Field(49408, gt=0, description="size of the tokenizer's vocabulary")

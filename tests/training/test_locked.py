@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from declip.data.loader import BatchMaker
 from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image
+from declip.model.text_tower import EncodedTexts
 from declip.recipe import Recipe
 from declip.training import locked, loop
 from declip.training.loop import batch_maker, set_up
@@ -25,6 +27,10 @@ from declip.training.loop import batch_maker, set_up
 MakeRecipe = Callable[..., Recipe]
 RESNET = "model.image={ image_size = 32, layers = [1, 1, 1, 1], width = 8, head_width = 32 }"
 HEADS = ["model.image.tune=projection", "model.text.tune=projection"]
+LAST = ["model.image.tune=last", "model.image.tune_layers=1", "model.text.tune=last", "model.text.tune_layers=1"]
+TIMM = "model.image={ timm_model_name = 'mnasnet_small', timm_proj = 'linear', image_size = 32 }"
+VIT = "model.image={ timm_model_name = 'vit_tiny_patch16_224', timm_proj = 'linear', image_size = 32 }"
+TWO_LAYERS = ["model.text.layers=2"]
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +102,7 @@ def test_kept_features_are_the_towers(image: list[str], tiny: MakeRecipe, tmp_pa
         ours, theirs = model(kept), model(plain)
     torch.testing.assert_close(ours.text["caption"], theirs.text["caption"], rtol=1e-2, atol=1e-2)
     for row, index in enumerate(kept.sample_ids.tolist()):
-        assert any(np.array_equal(kept.pooled_images[0, row], view) for view in run.kept.images[index])  # type: ignore[index]
+        assert any(np.array_equal(kept.kept_images[0, row], view) for view in run.kept.images[index])  # type: ignore[index]
 
 
 @pytest.mark.parametrize("image", [[], [RESNET]])
@@ -133,8 +139,8 @@ def test_two_views_of_an_image_are_different_ones(tiny: MakeRecipe, tmp_path: Pa
     run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
     assert run.kept.texts is None  # masked and augmented captions have to be looked at anew
     batch = batch_maker(run).make(0)
-    assert batch.pooled_images is not None
-    assert (batch.pooled_images[0] != batch.pooled_images[1]).any(-1).all()
+    assert batch.kept_images is not None
+    assert (batch.kept_images[0] != batch.kept_images[1]).any(-1).all()
     declip.train(recipe, tmp_path / "whole", quiet=True)
 
 
@@ -205,12 +211,14 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     assert last[0]["held_out"] == last[1]["held_out"]
 
 
-def test_held_out_scores_are_those_of_the_whole_towers(tiny: MakeRecipe, tmp_path: Path) -> None:
-    run = set_up(tiny("clip", *HEADS), tmp_path / "run", False, loop.Ranks())
+@pytest.mark.parametrize("last", [False, True])
+def test_held_out_scores_are_those_of_the_whole_towers(last: bool, tiny: MakeRecipe, tmp_path: Path) -> None:
+    options = ["model.image.layers=2", *TWO_LAYERS, *LAST] if last else HEADS
+    run = set_up(tiny("clip", *options), tmp_path / "run", False, loop.Ranks())
     assert run.held_out is not None
     device = torch.device("cpu")
     found = run.held_out.score(run.model, device)
-    assert run.held_out.pooled.keys() == {"image", "text"}
+    assert run.held_out.below.keys() == {"image", "text"}
     run.model.tune = {"image": "all", "text": "all"}
     assert run.held_out.score(run.model, device) == found
 
@@ -226,13 +234,8 @@ def test_a_broken_image_is_stood_in_for(tiny: MakeRecipe, tmp_path: Path, capsys
 def test_numbers_that_half_precision_does_not_hold(
     tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = locked.before_projection
-    monkeypatch.setattr(locked, "_shape_of_image", lambda _: (32,))
-
-    def large(*args: object) -> object:
-        return encode(*args) * 1e7  # type: ignore[arg-type]
-
-    monkeypatch.setattr(locked, "before_projection", large)
+    encode = DualEncoder.images_below
+    monkeypatch.setattr(DualEncoder, "images_below", lambda *args: encode(*args) * 1e7)
     with pytest.raises(InputError, match=r"too large to be kept in half precision: set model\.image\.views_kept=0"):
         declip.train(tiny("clip", *HEADS), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
@@ -243,10 +246,10 @@ def test_pooling_that_learns_is_fed_with_grids(tiny: MakeRecipe, tmp_path: Path)
     recipe = tiny("clip", tower, *HEADS, "model.image.views_kept=2", "optimizer.lr=0.01")
     run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
     assert run.kept.images is not None
-    assert run.kept.images.shape == (32, 2, 512, 2, 2)
+    assert run.kept.images.shape == (32, 2, 2, 2, 512)
     batch = batch_maker(run).make(0)
-    assert batch.pooled_images is not None
-    assert batch.pooled_images.shape == (1, 8, 512, 2, 2)
+    assert batch.kept_images is not None
+    assert batch.kept_images.shape == (1, 8, 2, 2, 512)
     declip.train(recipe, tmp_path / "whole", quiet=True)
     found = changed(recipe, tmp_path / "whole")
     assert any(name.startswith("visual.head.pool") for name in found)
@@ -259,3 +262,81 @@ def test_a_tower_without_a_projection(tiny: MakeRecipe, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.image\.tune = projection: this tower has no projection"):
         declip.train(tiny("clip", timm, "model.image.tune=projection"), tmp_path / "run", quiet=True)
     declip.train(tiny("clip", timm, "model.image.tune=nothing", "schedule.pairs_seen=16"), tmp_path / "lit", quiet=True)
+
+
+@pytest.mark.parametrize("image", ["model.image.layers=2", RESNET, TIMM, VIT])
+def test_the_last_layers_go_on_from_what_is_kept(image: str, tiny: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny("clip", image, *TWO_LAYERS, *LAST, "model.image.views_kept=3", "optimizer.lr=0.01")
+    run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
+    model = run.model.train()
+    kept = batch_maker(run).make(0)
+    drawn = BatchMaker(run.images, recipe, model.image_size, model.context_length, model.tokenizer).make(0)
+    assert kept.kept_images is not None
+    assert kept.kept_texts is not None
+    assert kept.images.numel() == 0
+    assert torch.equal(kept.tokens, drawn.tokens)
+    # The views that are kept, as pixels: what the batch would be without anything kept.
+    views = []
+    for row, index in enumerate(kept.sample_ids.tolist()):
+        rng = np.random.default_rng([recipe.seed, index, 2])
+        pixels = [view for view, _ in run.images.views(index, model.image_size, [recipe.data.images] * 3, rng)]
+        which = [np.array_equal(kept.kept_images[0, row], view) for view in run.kept.images[index]]  # type: ignore[index]
+        views.append(pixels[which.index(True)])
+    plain = replace(drawn, images=torch.from_numpy(np.stack(views)[None]))
+    found = []
+    for batch in (kept, plain):
+        model.zero_grad()
+        features = model(batch)
+        (features.image.square().sum() + features.text["caption"].square().sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((features, gradients))
+    (ours, own), (theirs, their) = found
+    torch.testing.assert_close(ours.image, theirs.image, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(ours.text["caption"], theirs.text["caption"], rtol=1e-2, atol=1e-2)
+    assert own.keys() == their.keys()
+    for name, gradient in own.items():
+        assert (gradient - their[name]).norm() <= 0.03 * their[name].norm() + 1e-3, name
+    for name in own:
+        assert not name.startswith(("clip.token_embedding", "clip.positional_embedding", "clip.visual.conv1")), name
+    assert any("resblocks.1." in name for name in own)
+    assert not any("transformer.resblocks.0." in name for name in own)
+
+
+@pytest.mark.parametrize("image", ["model.image.layers=2", RESNET, TIMM])
+def test_only_the_last_layers_change(image: str, tiny: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny("clip", image, *TWO_LAYERS, *LAST, "optimizer.lr=0.01")
+    declip.train(recipe, tmp_path / "run", quiet=True)
+    found = changed(recipe, tmp_path / "run")
+    assert {"text_projection", "transformer.resblocks.1.mlp.c_fc.weight"} <= found
+    assert not [
+        name for name in found if "resblocks.0." in name or "running_" in name or name == "token_embedding.weight"
+    ]
+    assert [name for name in found if name.startswith("visual.")]
+
+
+def test_states_too_many_for_the_disk_are_computed_each_step(
+    tiny: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny("clip", *TWO_LAYERS, "model.image.layers=2", *LAST, "data.disk_gb=1e-6", "schedule.pairs_seen=16")
+    declip.train(recipe, tmp_path / "run", quiet=True)
+    assert "it is not kept but computed at each step" in capsys.readouterr().err
+    assert not changed(recipe, tmp_path / "run") & {"visual.conv1.weight", "token_embedding.weight"}
+
+
+def test_more_layers_than_there_are(tiny: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"model\.text\.tune_layers = 3: this tower has 2 layers, of which one"):
+        declip.train(
+            tiny("clip", *TWO_LAYERS, "model.text.tune=last", "model.text.tune_layers=3"), tmp_path / "run", quiet=True
+        )
+
+
+def test_a_tower_that_cannot_go_on_from_its_middle(
+    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DualEncoder, "texts_above", lambda self, tokens, states: self.texts_above_wrongly)
+    wrong = EncodedTexts(torch.zeros(2, 16), torch.zeros(2, 1, 8), torch.zeros(2, 8))
+    monkeypatch.setattr(DualEncoder, "texts_above_wrongly", wrong, raising=False)
+    with pytest.raises(
+        InputError, match=r"model\.text\.tune = last: this tower cannot go on .* model\.text\.kept=false"
+    ):
+        declip.train(tiny("clip", *TWO_LAYERS, "model.image.layers=2", *LAST), tmp_path / "run", quiet=True)

@@ -22,8 +22,10 @@ class Batch:
     caption_ids: int64 [text views, batch], equal where two rows show the same caption; None where no term asks
     draws: float32 [image views, batch, numbers], where `images` are only crops: what `finish_views` is to do to them.
         It stays on the CPU, where that is planned. None where the views are whole
-    pooled_images: float16 [image views, batch, width], what a locked image tower pools of each view; `images` then have
-        no pixels. pooled_texts: float16 [text views, batch, width] likewise, and `tokens` no places
+    kept_images: float16 [image views, batch, …], what the resting part of the image tower gives for each view;
+        `images` then have no pixels
+    kept_texts: float16 [text views, batch, width] likewise, and `tokens` have no places; or, where only the last
+        layers of the text tower learn, [text views, batch, tokens, width]
     """
 
     images: Tensor
@@ -34,8 +36,8 @@ class Batch:
     broken: tuple[tuple[int, str, str], ...] = ()
     caption_ids: Tensor | None = None
     draws: Tensor | None = None
-    pooled_images: Tensor | None = None
-    pooled_texts: Tensor | None = None
+    kept_images: Tensor | None = None
+    kept_texts: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":

@@ -19,7 +19,7 @@ from declip.data.batch import Batch
 from declip.data.captions import NO_LABEL, lengthen, tokenize, tokenize_masked
 from declip.data.decoded import Images
 from declip.data.device_views import DRAWS, pack
-from declip.data.kept import Kept, Pooled
+from declip.data.kept import Kept
 from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.sources import BrokenPair, Concatenation
 from declip.data.tokenizer import CaptionTokenizer, Tokenizer
@@ -33,7 +33,7 @@ class BatchMaker(Dataset[Batch | InputError]):
 
     full_captions: pad every caption to the context length, not only to the batch's longest.
     rank, ranks: which equal part of each global batch is made. The parts together are the same for any number.
-    kept: what locked towers have made of all pairs, in place of their pixels and tokens.
+    kept: what resting parts of towers have made of all pairs, in place of their pixels and tokens.
     Where no pair can be read it gives the InputError back: raised in a worker, it would come out as a traceback.
     """
 
@@ -99,11 +99,11 @@ class BatchMaker(Dataset[Batch | InputError]):
         recipe, first = self.recipe, number * self.order.batch_size
         pairs: list[int] = []
         captions: list[list[str]] = []
-        pooled_texts: list[Pooled] = []
+        kept_captions: list[int] = []
         broken: list[tuple[int, str, str]] = []
         of_all = len(self.image_views), len(self.rows)
         images = np.empty((*of_all, *((self.size, self.size) if self.kept.images is None else (0, 0)), 3), np.uint8)
-        pooled = None if self.kept.images is None else np.empty((*of_all, *self.kept.images.shape[2:]), np.float16)
+        kept = None if self.kept.images is None else np.empty((*of_all, *self.kept.images.shape[2:]), np.float16)
         draws = np.empty((*images.shape[:2], DRAWS), np.float32) if self.crops_only else None
         items = self.order.batch(number)
         # With pool=each an item is a caption, and the pair is the one that it belongs to.
@@ -117,16 +117,16 @@ class BatchMaker(Dataset[Batch | InputError]):
             captions.append(self._draw(pool, index, int(items[place]), int(epochs[place]), rng))
             if self.kept.texts is not None:
                 before = int(self.images.caption_ends[index - 1]) if index else 0
-                pooled_texts.append(self.kept.texts[before + pool.index(captions[-1][0])])
-            if pooled is not None:
-                pooled[:, row] = views
+                kept_captions.append(before + pool.index(captions[-1][0]))
+            if kept is not None:
+                kept[:, row] = views
                 continue
             for which, (pixels, view) in enumerate(views):
                 images[which, row] = pixels
                 if draws is not None:
                     draws[which, row] = pack(view)
         nothing: tuple[np.ndarray, None] = np.empty((1, len(self.rows), 0), np.int64), None
-        tokens, labels = self._texts(captions, rngs) if self.kept.texts is None else nothing
+        tokens, labels = nothing if self.kept.replaces_tokens else self._texts(captions, rngs)
         ids = None
         if self.wants_caption_ids:
             ids = torch.tensor([[text_hash(text) for text in texts] for texts in zip(*captions, strict=True)])
@@ -139,8 +139,10 @@ class BatchMaker(Dataset[Batch | InputError]):
             broken=tuple(broken),
             caption_ids=ids,
             draws=None if draws is None else torch.from_numpy(draws),
-            pooled_images=None if pooled is None else torch.from_numpy(pooled),
-            pooled_texts=torch.from_numpy(np.stack(pooled_texts)[None]) if pooled_texts else None,
+            kept_images=None if kept is None else torch.from_numpy(kept),
+            kept_texts=torch.from_numpy(self.kept.captions(kept_captions, tokens.shape[2])[None])
+            if kept_captions
+            else None,
         )
 
     def _readable(

@@ -16,7 +16,9 @@ from declip.architecture import Tune
 from declip.data.batch import Batch
 from declip.data.tokenizer import EOT, Tokenizer
 from declip.errors import InputError, first_line
-from declip.model.image_tower import EncodedImages, encode_image, image_widths, project_image
+from declip.model.image_tower import EncodedImages, before_projection, encode_image, image_widths, project_image
+from declip.model.layers import image_above, image_below, text_above, text_below
+from declip.model.parts import Part
 from declip.model.recompute import has_batch_norm, recompute_blocks, recomputed
 from declip.model.text_tower import (
     EncodedTexts,
@@ -28,7 +30,7 @@ from declip.model.text_tower import (
 )
 from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config, patch_dropouts
-from declip.model.tuning import Part, choose_parameters, rest
+from declip.model.tuning import choose_parameters, rest
 from declip.ranks import ALONE, Ranks
 from declip.recipe import Recipe
 
@@ -106,8 +108,9 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.clip = build_towers(recipe.model)
         self.tune: dict[Part, Tune] = {"image": recipe.model.image.tune, "text": recipe.model.text.tune}
+        self.tune_layers = {"image": recipe.model.image.tune_layers, "text": recipe.model.text.tune_layers}
         for part, tune in self.tune.items():
-            choose_parameters(self.clip, part, tune)
+            choose_parameters(self.clip, part, tune, self.tune_layers[part])
         size = self.clip.visual.image_size
         self.image_size: int = size[0] if isinstance(size, tuple) else size
         text_cfg = model_config(recipe.model)["text_cfg"]
@@ -173,22 +176,24 @@ class DualEncoder(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Features:
-        image = self._encode_views(batch.images) if batch.pooled_images is None else self._project(batch.pooled_images)
+        image = self._encode_views(batch.images) if batch.kept_images is None else self._views_above(batch.kept_images)
         views, size = len(batch.text_views), batch.sample_ids.shape[0]
-        wanted: list[tuple[str, Tensor, Tensor]] = []
-        if batch.pooled_texts is None:
-            embeddings, all_tokens, _ = self._encode_texts(batch.tokens.flatten(0, 1))
-            by_view = zip(batch.text_views, torch.unflatten(all_tokens, 0, (views, size)), batch.tokens, strict=True)
-            wanted = [(view, tokens, ids) for view, tokens, ids in by_view if view in self.token_views]
+        ids = batch.tokens.flatten(0, 1)
+        if batch.kept_texts is None:
+            texts = self._encode_texts(ids)
         else:
-            embeddings = project_text(self.clip, batch.pooled_texts.flatten(0, 1).float())
+            texts = self.texts_above(ids, batch.kept_texts.flatten(0, 1).float())
+        wanted: list[tuple[str, Tensor, Tensor]] = []
+        if self.token_views:
+            by_view = zip(batch.text_views, torch.unflatten(texts.tokens, 0, (views, size)), batch.tokens, strict=True)
+            wanted = [(view, tokens, ids) for view, tokens, ids in by_view if view in self.token_views]
         scale = self.clip.logit_scale.exp()
         if self.logit_scale_cap is not None:
             # The value is capped, the gradient is that of the exponential, as in the reference.
             scale = scale + (scale.clamp(max=self.logit_scale_cap) - scale).detach()
         return Features(
             image=image.embedding.float(),  # the terms run outside of autocast, in float32
-            text=dict(zip(batch.text_views, torch.unflatten(embeddings, 0, (views, size)).float(), strict=True)),
+            text=dict(zip(batch.text_views, torch.unflatten(texts.embedding, 0, (views, size)).float(), strict=True)),
             logit_scale=scale,
             logit_bias=self.clip.logit_bias,
             pooled_image=image.pooled.float() if self.wants_pooled and image.pooled is not None else None,
@@ -197,11 +202,42 @@ class DualEncoder(nn.Module):
             text_mask={view: caption_mask(ids, self.tokenizer.special.pad) for view, _, ids in wanted},
         )
 
-    def _project(self, pooled: Tensor) -> EncodedImages:
-        """[image views, batch, width], what the locked tower pools of each view."""
-        flat = pooled.flatten(0, 1).float()
-        embedding = torch.unflatten(project_image(self.clip, flat), 0, pooled.shape[:2])
-        return EncodedImages(embedding, pooled if self.wants_pooled else None, None)
+    def images_below(self, pixels: Tensor) -> Tensor:
+        """What the part of the image tower that does not learn gives, before what learns: what may be kept.
+
+        pixels: float [batch, 3, height, width], normalised. Returns tokens [batch, tokens, width], a grid [batch,
+        height, width, width of the tower], or, of a locked tower, [batch, width] or the grid that is then pooled.
+        """
+        if self.tune["image"] == "last":
+            states = image_below(self.clip, self.tune_layers["image"], pixels)
+        else:
+            states = before_projection(self.clip, pixels)
+        return states.permute(0, 2, 3, 1) if states.ndim == 4 else states
+
+    def images_above(self, states: Tensor) -> EncodedImages:
+        """What the rest of the tower makes of what `images_below` has given, in float32."""
+        states = states.permute(0, 3, 1, 2) if states.ndim == 4 else states
+        if self.tune["image"] == "last":
+            return image_above(self.clip, self.tune_layers["image"], states)
+        return EncodedImages(project_image(self.clip, states), states, None)
+
+    def texts_below(self, tokens: Tensor) -> Tensor:
+        """As `images_below`, of int64 [batch, tokens]: [batch, tokens, width], or [batch, width] of a locked tower."""
+        if self.tune["text"] == "last":
+            return text_below(self.clip, self.tune_layers["text"], tokens)
+        return encode_text(self.clip, tokens).pooled
+
+    def texts_above(self, tokens: Tensor, states: Tensor) -> EncodedTexts:
+        """As `images_above`, of captions; a locked tower needs no tokens."""
+        if self.tune["text"] == "last":
+            return text_above(self.clip, self.tune_layers["text"], tokens, states)
+        return EncodedTexts(project_text(self.clip, states), states[:, None], states)
+
+    def _views_above(self, kept: Tensor) -> EncodedImages:
+        """[image views, batch, …] of `images_below`; every output gets the two leading dimensions."""
+        found = self.images_above(kept.flatten(0, 1).float())
+        wanted = found.embedding, found.pooled if self.wants_pooled else None, found.tokens
+        return EncodedImages(*(None if x is None else torch.unflatten(x, 0, kept.shape[:2]) for x in wanted))  # type: ignore[arg-type]
 
     def _encode_views(self, images: Tensor) -> EncodedImages:
         """uint8 [image views, batch, height, width, 3]; every output gets the two leading dimensions."""

@@ -23,11 +23,11 @@ from declip.errors import InputError, first_line
 from declip.model.dual_encoder import NORMALIZATIONS, pixel_statistics
 from declip.model.export import FinishedModel, check_tensors, is_open_clip_folder, read_weights
 from declip.model.huggingface import is_huggingface_folder, read_tensors
+from declip.model.parts import Part, is_projection, part_of
 from declip.model.positions import fit_grid, fit_length
 from declip.model.pretrained import read_model
 from declip.model.released import read_state
 from declip.model.towers import CONTEXT_LENGTH, Towers
-from declip.model.tuning import Part, is_projection, part_of
 from declip.recipe import Recipe, parse_recipe
 
 EMBED_DIM = 512

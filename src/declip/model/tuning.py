@@ -1,9 +1,9 @@
-"""What of the towers learns: all, low-rank changes (LoRA), biases (BitFit), the projection alone, or nothing (LiT)."""
+"""What of the towers learns: all, the last layers, little in each layer, the projection alone, or nothing (LiT).
+
+Little in each layer: low-rank changes of its matrices (LoRA), or its biases (BitFit).
+"""
 
 from __future__ import annotations
-
-import re
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,33 +11,27 @@ from torch.nn.utils.parametrize import is_parametrized, register_parametrization
 
 from declip.architecture import Tune
 from declip.errors import InputError
+from declip.model.layers import names_of_last
+from declip.model.parts import Part, is_projection, part_of
 from declip.model.towers import Towers
-
-Part = Literal["image", "text"]
 
 LOCKED = ("projection", "nothing")
 """Ways to tune in which what a tower pools stays the same."""
 
-_PROJECTION = re.compile(r"(proj$|head\.|attnpool\.c_proj\.|text_projection|proj\.)")
 
+def choose_parameters(clip: Towers, part: Part, tune: Tune, layers: int) -> None:
+    """Let the parameters of a tower learn that `tune` says; layers: with tune = last, how many of them.
 
-def part_of(name: str) -> Part | None:
-    """The tower that a parameter or module of the two towers belongs to, by its name; None of a logit scale or bias."""
-    if name.startswith("logit_"):
-        return None
-    return "image" if name == "visual" or name.startswith("visual.") else "text"
-
-
-def is_projection(name: str) -> bool:
-    """Whether a tensor of the two towers, by its name, brings a pooled feature to the joint space."""
-    return _PROJECTION.match(name.removeprefix("visual.").removeprefix("text.")) is not None
-
-
-def choose_parameters(clip: Towers, part: Part, tune: Tune) -> None:
-    """Let the parameters of a tower learn that `tune` says; raises InputError where it has no projection to learn."""
+    Raises InputError where it has no projection to learn, or not so many layers.
+    """
     if tune == "all":
         return
     own = [(name, parameter) for name, parameter in clip.named_parameters() if part_of(name) == part]
+    if tune == "last":
+        last = names_of_last(clip, part, layers)
+        for name, parameter in own:
+            parameter.requires_grad_(parameter.requires_grad and name in last)
+        return
     for name, parameter in own:
         learns = tune != "nothing" and (is_projection(name) or (tune == "biases" and name.endswith("bias")))
         parameter.requires_grad_(learns)

@@ -18,9 +18,9 @@ from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise, embed_images, embed_texts
-from declip.model.image_tower import before_projection, project_image
-from declip.model.text_tower import encode_text, project_text, trim_for
-from declip.model.tuning import LOCKED, Part
+from declip.model.parts import Part
+from declip.model.text_tower import trim_for
+from declip.model.tuning import LOCKED
 from declip.recipe import Recipe
 
 
@@ -51,7 +51,7 @@ class HeldOut:
         self.tokens = torch.from_numpy(lengthen(tokens, context_length, tokenizer.special.pad))
         self.pad = tokenizer.special.pad
         self.image_of_text = torch.tensor(owners)
-        self.pooled: dict[Part, Tensor] = {}  # of locked towers, which are asked once
+        self.below: dict[Part, list[Tensor]] = {}  # of parts of towers that rest, which are asked once
 
     @torch.inference_mode()
     def score(self, model: DualEncoder, device: torch.device, token_wise: TokenWise | None = None) -> dict[str, float]:
@@ -71,11 +71,14 @@ class HeldOut:
     def _embed(self, model: DualEncoder, part: Part, device: torch.device, token_wise: TokenWise | None) -> Tensor:
         """Embeddings on the CPU, where comparing them costs nothing; tokens where they are, which may be a GPU."""
         rows = torch.split(self.images, 256) if part == "image" else torch.split(self.tokens, 512)
-        if token_wise is None and model.tune[part] in LOCKED:
-            if part not in self.pooled:
-                self.pooled[part] = torch.cat([_pool(model, part, some.to(device), self.pad) for some in rows])
-            project = project_image if part == "image" else project_text
-            return F.normalize(project(model.clip, self.pooled[part]).float(), dim=-1).cpu()
+        if token_wise is None and model.tune[part] in (*LOCKED, "last"):
+            if part not in self.below:
+                self.below[part] = [_below(model, part, some.to(device), self.pad) for some in rows]
+            above = [
+                _above(model, part, some.to(device), states, self.pad)
+                for some, states in zip(rows, self.below[part], strict=True)
+            ]
+            return F.normalize(torch.cat(above).float(), dim=-1).cpu()
         if part == "image":
             found = [embed_images(model.clip, model.pixels(some.to(device)), token_wise) for some in rows]
         else:
@@ -83,8 +86,15 @@ class HeldOut:
         return torch.cat(found).to("cpu" if token_wise is None else device)
 
 
-def _pool(model: DualEncoder, part: Part, rows: Tensor, pad: int) -> Tensor:
-    """What a locked tower gives before its projection, a row each."""
+def _below(model: DualEncoder, part: Part, rows: Tensor, pad: int) -> Tensor:
+    """What comes before all that learns of a tower, a row each."""
     if part == "text":
-        return encode_text(model.clip, trim_for(model.clip, rows, pad)).pooled
-    return before_projection(model.clip, model.pixels(rows))
+        return model.texts_below(trim_for(model.clip, rows, pad))
+    return model.images_below(model.pixels(rows))
+
+
+def _above(model: DualEncoder, part: Part, rows: Tensor, states: Tensor, pad: int) -> Tensor:
+    """The embeddings [batch, dim] that the rest of the tower makes of that."""
+    if part == "text":
+        return model.texts_above(trim_for(model.clip, rows, pad), states).embedding
+    return model.images_above(states).embedding

@@ -1,10 +1,11 @@
-"""A locked tower goes over the pairs once: what it pools is kept on disk, and steps pay nothing for it."""
+"""What does not learn goes over the pairs once: what it gives is kept on disk, and steps pay nothing for it."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from declip.data.captions import lengthen, tokenize
 from declip.data.decoded import Images
-from declip.data.kept import Kept, Pooled
+from declip.data.kept import Kept, States
 from declip.data.sources import BrokenPair, Source
 from declip.data.storage import Storage
 from declip.errors import InputError
 from declip.files import write_atomically
 from declip.model.dual_encoder import DualEncoder
-from declip.model.image_tower import before_projection
+from declip.model.image_tower import encode_image
+from declip.model.layers import names_of_last
+from declip.model.parts import Part, is_projection, part_of
 from declip.model.products import by_onednn
-from declip.model.text_tower import encode_text
-from declip.model.tuning import LOCKED, Part, is_projection, part_of
+from declip.model.text_tower import caption_lengths, encode_text
+from declip.model.tuning import LOCKED
 from declip.progress import Progress
 from declip.recipe import Recipe
 from declip.training.step import autocast
@@ -36,15 +39,16 @@ _IMAGES_READ = 100_000  # at most, to tell whether pairs are still the same
 
 
 def kept_parts(recipe: Recipe) -> list[Part]:
-    """The towers whose features are kept: of views of one kind, where no term compares tokens."""
-    model = recipe.model
-    found: list[Part] = []
-    if "token_wise" in recipe.terms.active():
-        return found
+    """The towers of which something is kept: of views of one kind, and of locked ones where no term compares tokens."""
+    model, engine = recipe.model, recipe.engine
+    # What is computed a second time, or by modules that stand in for the towers', cannot begin in a tower's middle.
+    whole = engine.micro_batch or engine.grad_checkpointing or engine.compile or engine.shard
+    resting = {*(LOCKED if "token_wise" not in recipe.terms.active() else ()), *(() if whole else ("last",))}
     alike = recipe.data.strong_images is None or recipe.image_views == recipe.pair_views
-    if model.image.tune in LOCKED and model.image.views_kept and alike:
+    found: list[Part] = []
+    if model.image.tune in resting and model.image.views_kept and alike:
         found.append("image")
-    if model.text.tune in LOCKED and model.text.kept and recipe.text_views == ["caption"]:
+    if model.text.tune in resting and model.text.kept and recipe.text_views == ["caption"]:
         found.append("text")
     return found
 
@@ -52,16 +56,21 @@ def kept_parts(recipe: Recipe) -> list[Part]:
 def keep_features(
     model: DualEncoder, images: Images, recipe: Recipe, device: torch.device, progress: Progress | None = None
 ) -> Kept:
-    """What locked towers pool of all pairs; computed where the cache has it not of these weights, pairs and views.
+    """What resting parts of towers give for all pairs; computed where the cache has it not of these weights and pairs.
 
-    Image views are drawn once, by the recipe's seed. Raises InputError where a feature is no number that float16 holds.
+    Image views are drawn once, by the recipe's seed. What would not fit in the cache is not kept, and that is said.
+    Raises InputError where a number is none that float16 holds, or a tower cannot go on from the middle.
     """
     storage = Storage.of(recipe.data)
-    found: dict[str, Pooled] = {}
+    found: dict[str, Any] = {}
     for part in kept_parts(recipe):
+        if not _fits(model, images, recipe, part):
+            continue
+        _check_cut(model, part, device)
         of_image = part == "image"
         facts = [
             part,
+            model.tune[part] if model.tune[part] == "last" else "",
             _digest_of_weights(model, part),
             _digest_of_pairs(images.source, of_image),
             recipe.engine.precision,
@@ -80,19 +89,84 @@ def keep_features(
             f"what the {part} tower makes of {images.source.name}",
         )
         found[f"{part}s"] = np.load(path, mmap_mode="r")
+        if part == "text" and model.tune["text"] == "last":
+            found["text_ends"] = _token_ends(model, images)
     return Kept(**found)
 
 
 def empty_features(model: DualEncoder, images: Images, recipe: Recipe) -> Kept:
     """Zeros in the place of `keep_features`, for a run that only measures its steps."""
-    found: dict[str, Pooled] = {}
+    found: dict[str, Any] = {}
     for part in kept_parts(recipe):
+        if not _fits(model, images, recipe, part):
+            continue
+        shape: tuple[int, ...] = (int(images.caption_ends[-1]), model.text.width)
         if part == "image":
-            shape: tuple[int, ...] = (len(images.source), recipe.model.image.views_kept, *_shape_of_image(model))
-        else:
-            shape = (int(images.caption_ends[-1]), model.text.width)
+            shape = (len(images.source), recipe.model.image.views_kept, *_shape_of_image(model))
+        elif model.tune["text"] == "last":
+            found["text_ends"] = _token_ends(model, images)
+            shape = (int(found["text_ends"][-1]), model.text.width)
         found[f"{part}s"] = np.broadcast_to(np.zeros((), np.float16), shape)
     return Kept(**found)
+
+
+def _fits(model: DualEncoder, images: Images, recipe: Recipe, part: Part) -> bool:
+    """Whether what rests of a tower can be kept in the cache; otherwise it is computed at each step, which is said."""
+    if part == "image":
+        numbers = len(images.source) * recipe.model.image.views_kept * math.prod(_shape_of_image(model))
+    else:
+        tokens = model.context_length if model.tune["text"] == "last" else 1  # at most
+        numbers = int(images.caption_ends[-1]) * tokens * model.text.width
+    fits = 2 * numbers <= recipe.data.disk_gb * 1e9
+    if not fits:
+        print(
+            f"What the resting part of the {part} tower gives would take {2 * numbers / 1e9:,.0f} GB, more than "
+            f"data.disk_gb = {recipe.data.disk_gb:g}: it is not kept but computed at each step.",
+            file=sys.stderr,
+        )
+    return fits
+
+
+@torch.no_grad()
+def _check_cut(model: DualEncoder, part: Part, device: torch.device) -> None:
+    """Raise InputError where a tower whose last layers learn does not give the same when it goes on from the middle."""
+    if model.tune[part] != "last":
+        return
+    was_training = model.training
+    model.eval()
+    if part == "image":
+        pixels = torch.rand(2, 3, model.image_size, model.image_size, device=device)
+        whole, cut = encode_image(model.clip, pixels), model.images_above(model.images_below(pixels))
+    else:
+        special = model.tokenizer.special
+        tokens = tokenize([model.tokenizer.encode("a red bird"), []], model.context_length, special)
+        ids = torch.from_numpy(lengthen(tokens, model.context_length, special.pad)).to(device)
+        whole, cut = encode_text(model.clip, ids), model.texts_above(ids, model.texts_below(ids))  # type: ignore[assignment]
+    model.train(was_training)
+    if not torch.allclose(whole.embedding, cut.embedding, rtol=1e-3, atol=1e-3):
+        option = "views_kept=0" if part == "image" else "kept=false"
+        raise InputError(
+            f"model.{part}.tune = last: this tower cannot go on from its middle, so nothing can be kept of it: set "
+            f"model.{part}.{option}."
+        )
+
+
+def _token_ends(model: DualEncoder, images: Images) -> np.ndarray:
+    """Where the tokens of each caption end when those of all are counted one after the other: int64 [captions]."""
+    source = images.source
+    lengths = [
+        length
+        for index in range(len(source))
+        for length in caption_lengths(_tokens(model, source.captions(index)), model.tokenizer.special.pad).tolist()
+    ]
+    return np.cumsum(lengths)
+
+
+def _tokens(model: DualEncoder, texts: Sequence[str]) -> Tensor:
+    """int64 [texts, tokens], as the tower takes them."""
+    special = model.tokenizer.special
+    tokens = tokenize([model.tokenizer.encode(text) for text in texts], model.context_length, special)
+    return torch.from_numpy(lengthen(tokens, model.context_length, special.pad) if model.full_captions else tokens)
 
 
 @torch.no_grad()
@@ -100,7 +174,7 @@ def _shape_of_image(model: DualEncoder) -> tuple[int, ...]:
     was_training = model.training
     model.eval()
     nothing = torch.zeros(1, 3, model.image_size, model.image_size, device=model.mean.device)
-    shape = before_projection(model.clip, nothing).shape[1:]
+    shape = model.images_below(nothing).shape[1:]
     model.train(was_training)
     return tuple(shape)
 
@@ -116,33 +190,38 @@ def _write_images(
             out[rows.start : rows.stop] = np.nan
             if len(views):
                 pixels = model.pixels(torch.from_numpy(views).flatten(0, 1).to(device))
-                pooled = _in_half(before_projection(model.clip, pixels), "image")
-                out[np.asarray(rows)[readable]] = pooled.reshape(len(views), *shape)
+                states = _in_half(model.images_below(pixels), "image")
+                out[np.asarray(rows)[readable]] = states.reshape(len(views), *shape)
             if progress:
-                progress("locked image tower", rows.stop, count)
+                progress("image tower, what rests", rows.stop, count)
     out.flush()
 
 
 def _write_texts(
     place: Path, model: DualEncoder, images: Images, recipe: Recipe, device: torch.device, progress: Progress | None
 ) -> None:
-    source, special = images.source, model.tokenizer.special
+    source = images.source
     texts = [caption for index in range(len(source)) for caption in source.captions(index)]
-    ids = [model.tokenizer.encode(text) for text in texts]
-    order = np.argsort([len(one) for one in ids], kind="stable")  # so that little is padded
+    ends = _token_ends(model, images)
+    lengths = np.diff(ends, prepend=0)
+    order = np.argsort(lengths, kind="stable")  # so that little is padded
     out: Any = None
     with _applied(model, recipe, device):
         for start in range(0, len(order), _CAPTIONS_AT_ONCE):
             rows = order[start : start + _CAPTIONS_AT_ONCE]
-            tokens = tokenize([ids[row] for row in rows], model.context_length, special)
-            if model.full_captions:
-                tokens = lengthen(tokens, model.context_length, special.pad)
-            pooled = _in_half(encode_text(model.clip, torch.from_numpy(tokens).to(device)).pooled, "text")
+            tokens = _tokens(model, [texts[row] for row in rows]).to(device)
+            states = _in_half(model.texts_below(tokens), "text")
+            whole = states.ndim == 2
             if out is None:
-                out = np.lib.format.open_memmap(place, mode="w+", dtype=np.float16, shape=(len(texts), pooled.shape[1]))
-            out[rows] = pooled
+                shape = (len(texts) if whole else int(ends[-1]), states.shape[-1])
+                out = np.lib.format.open_memmap(place, mode="w+", dtype=np.float16, shape=shape)
+            if whole:
+                out[rows] = states
+            else:
+                for row, own in zip(rows, states, strict=True):
+                    out[ends[row] - lengths[row] : ends[row]] = own[: lengths[row]]
             if progress:
-                progress("locked text tower", start + len(rows), len(texts))
+                progress("text tower, what rests", start + len(rows), len(texts))
     out.flush()
 
 
@@ -191,9 +270,9 @@ def _loaded(reader: _Views, count: int, workers: int) -> Iterator[tuple[range, n
     yield from loader
 
 
-def _in_half(pooled: Tensor, part: str) -> Pooled:
+def _in_half(states: Tensor, part: str) -> States:
     with np.errstate(over="ignore"):  # what is too large is said below
-        found: Pooled = pooled.float().cpu().numpy().astype(np.float16)
+        found: States = states.float().cpu().numpy().astype(np.float16)
     if not np.isfinite(found).all():
         raise InputError(
             f"The {part} tower gives numbers that are none, or too large to be kept in half precision: set "
@@ -203,11 +282,12 @@ def _in_half(pooled: Tensor, part: str) -> Pooled:
 
 
 def _digest_of_weights(model: DualEncoder, part: Part) -> str:
-    """Of all that a tower's pooled features depend on: its modules, its tensors, and how pixels are normalised."""
+    """Of all that what is kept depends on: the tower's modules, its tensors that rest, how pixels are normalised."""
     modules = [repr(child) for name, child in model.clip.named_children() if part_of(name) == part]
+    learning = names_of_last(model.clip, part, model.tune_layers[part]) if model.tune[part] == "last" else set()
     facts: list[str | bytes] = [*modules, str(model.mean.flatten().tolist()), str(model.std.flatten().tolist())]
     for name, tensor in model.clip.state_dict().items():
-        if part_of(name) == part and not is_projection(name):
+        if part_of(name) == part and not is_projection(name) and name not in learning:
             facts += [name, tensor.detach().cpu().numpy().tobytes()]
     return _hash(*facts)
 

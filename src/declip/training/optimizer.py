@@ -11,8 +11,8 @@ from torch import nn
 from declip.errors import InputError
 from declip.model.depth import layers_to_top
 from declip.model.dual_encoder import DualEncoder
+from declip.model.parts import is_projection
 from declip.model.towers import NORMS
-from declip.model.tuning import is_projection
 from declip.optimization import Optimizer
 from declip.recipe import Recipe
 from declip.training.sharding import own_part

@@ -19,6 +19,7 @@ from declip.data.kept import Kept
 from declip.data.sources import BrokenPair
 from declip.errors import Diverged, InputError
 from declip.files import save_weights, write_atomically
+from declip.model.depthwise import hasten_depthwise
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise
 from declip.model.export import HEADS, WEIGHTS, open_clip_config, write_config
@@ -80,6 +81,8 @@ class Run:
             self.compute.to(device)
             if device.type != "mps" and not hasattr(model.clip.visual, "transformer"):
                 model.clip.visual.to(memory_format=torch.channels_last)  # convolutions are faster so
+            if device.type == "cpu":
+                hasten_depthwise(model.clip.visual)
         self.loss_scale = LossScale(device, moves=recipe.engine.precision == "float16")
         self.optimizer = build_optimizer([model, objective], recipe.optimizer)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
