@@ -19,9 +19,13 @@ from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise, embed_images, embed_texts
 from declip.model.parts import Part
+from declip.model.products import by_onednn
 from declip.model.text_tower import trim_for
 from declip.model.tuning import LOCKED
 from declip.recipe import Recipe
+from declip.training.step import autocast
+
+_IMAGES_AT_ONCE = 64  # more go slower on a CPU, as they leave its caches
 
 
 class HeldOut:
@@ -49,7 +53,7 @@ class HeldOut:
         self.images = torch.from_numpy(np.stack(views))
         tokens = tokenize(ids, context_length, tokenizer.special)
         self.tokens = torch.from_numpy(lengthen(tokens, context_length, tokenizer.special.pad))
-        self.pad = tokenizer.special.pad
+        self.pad, self.precision = tokenizer.special.pad, recipe.engine.precision
         self.image_of_text = torch.tensor(owners)
         self.below: dict[Part, list[Tensor]] = {}  # of parts of towers that rest, which are asked once
 
@@ -61,7 +65,8 @@ class HeldOut:
         """
         was_training = model.training
         model.eval()
-        images, texts = self._embed(model, "image", device, token_wise), self._embed(model, "text", device, token_wise)
+        with by_onednn(device):
+            images, texts = (self._embed(model, part, device, token_wise) for part in ("image", "text"))
         model.train(was_training)
         found = retrieval_metrics(images, texts, self.image_of_text)
         metrics = {name: value for name, value in found.items() if not name.endswith("_median_rank")}
@@ -70,15 +75,18 @@ class HeldOut:
 
     def _embed(self, model: DualEncoder, part: Part, device: torch.device, token_wise: TokenWise | None) -> Tensor:
         """Embeddings on the CPU, where comparing them costs nothing; tokens where they are, which may be a GPU."""
-        rows = torch.split(self.images, 256) if part == "image" else torch.split(self.tokens, 512)
+        rows = torch.split(self.images, _IMAGES_AT_ONCE) if part == "image" else torch.split(self.tokens, 512)
         if token_wise is None and model.tune[part] in (*LOCKED, "last"):
             if part not in self.below:
-                self.below[part] = [_below(model, part, some.to(device), self.pad) for some in rows]
-            above = [
-                _above(model, part, some.to(device), states, self.pad)
-                for some, states in zip(rows, self.below[part], strict=True)
-            ]
-            return F.normalize(torch.cat(above).float(), dim=-1).cpu()
+                with autocast(device, self.precision):  # as what is kept of the training pairs
+                    self.below[part] = [_below(model, part, some.to(device), self.pad) for some in rows]
+            half = model.tune[part] == "last"
+            with autocast(device, self.precision if half else "float32"):
+                above = [
+                    _above(model, part, some.to(device), states, self.pad).float()
+                    for some, states in zip(rows, self.below[part], strict=True)
+                ]
+            return F.normalize(torch.cat(above), dim=-1).cpu()
         if part == "image":
             found = [embed_images(model.clip, model.pixels(some.to(device)), token_wise) for some in rows]
         else:
@@ -96,5 +104,5 @@ def _below(model: DualEncoder, part: Part, rows: Tensor, pad: int) -> Tensor:
 def _above(model: DualEncoder, part: Part, rows: Tensor, states: Tensor, pad: int) -> Tensor:
     """The embeddings [batch, dim] that the rest of the tower makes of that."""
     if part == "text":
-        return model.texts_above(trim_for(model.clip, rows, pad), states).embedding
-    return model.images_above(states).embedding
+        return model.texts_above(trim_for(model.clip, rows, pad), states.float()).embedding
+    return model.images_above(states.float()).embedding
