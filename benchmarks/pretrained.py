@@ -7,8 +7,8 @@
 Towers: EfficientNet-Lite0 (--weights) and MiniLM (--text, a Hugging Face folder). Flickr8k: train, judged on dev; what
 `declip finetune` chooses, it chooses on pairs of train that it holds out. The peer is open_clip's recipe: both towers
 learn at 5e-4, weight decay 0.2, batches of 64, crops of 0.9 to 1, a caption a row, a cosine over the minutes; its
-10,000 steps of warm-up, which would be longer than the whole run, are a tenth of it. It runs in our loop, which is faster than
-open_clip's own, and has learnt from all pairs where ours holds a tenth of them out.
+10,000 steps of warm-up, which would be longer than the whole run, are a tenth of it. It runs in our loop, which is
+faster than open_clip's own, and has learnt from all pairs where ours holds a tenth of them out.
 Finished cells are kept under --work, so that a stopped run goes on where it was.
 """
 

@@ -15,13 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.multiprocessing as mp
 from conftest import TERMS, TINY
 from made import batch, features
 from torch import nn
 
-from declip.data.decoded import open_images
+from declip.data.decoded import Images, open_images
+from declip.data.kept import Kept
 from declip.data.loader import BatchMaker
 from declip.data.sources import open_sources
 from declip.errors import InputError, Preempted, RankLost
@@ -59,6 +61,7 @@ METHODS = {
     "clip": ("clip", ["model.logit_scale_cap=10"]),
     "clip, equal captions": ("clip", ["terms.contrastive.equal_captions=positives", "data.text.pool=first"]),
     "clip, a ResNet": ("clip", RESNET),
+    "clip, taught": ("clip", ["terms.distillation.teacher=somebody", "terms.distillation.images=2"]),
     "declip": ("declip", ["terms.contrastive.multi_view=0.5"]),
     "declip, reference": (
         "declip",
@@ -96,7 +99,7 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     """Losses and gradients on a few batches with the weights of the start, and the buffers after them."""
     torch.manual_seed(0)
     model = DualEncoder(recipe)
-    objective = build_objective(recipe, model, torch.arange(0, 49408, 2).repeat_interleave(2).unique())
+    objective = build_objective(recipe, model, torch.arange(0, 49408, 2).repeat_interleave(2).unique(), (5, 20.0))
     if ranks.count > 1 and recipe.engine.sync_batch_norm:
         synchronise(model, ranks)
         synchronise(objective, ranks)
@@ -109,7 +112,8 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     unscaled = LossScale(torch.device("cpu"), moves=False)
     images = open_images(open_sources(recipe.data.train, recipe.data), 1, 1)
     towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
-    maker = BatchMaker(images, recipe, *towers, rank=ranks.rank, ranks=ranks.count)
+    kept = lesson(images) if recipe.terms.distillation else None
+    maker = BatchMaker(images, recipe, *towers, rank=ranks.rank, ranks=ranks.count, kept=kept)
     named = [(name, p) for part in (model, objective) for name, p in part.named_parameters()]
     found: dict[str, Any] = {"losses": [], "gradients": []}
     for number in BATCHES:
@@ -133,6 +137,15 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     found["optimizer again"] = whole_states(optimizer)
     found["buffers"] = {name: t for part in (model, objective) for name, t in part.named_buffers()}
     return found
+
+
+def lesson(images: Images) -> Kept:
+    """What a teacher may have said, with images that it could not read."""
+    random = np.random.default_rng(0)
+    said = random.standard_normal((len(images.source), 5)), random.standard_normal((int(images.caption_ends[-1]), 5))
+    pictures, texts = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in said)
+    pictures[::7] = np.nan
+    return Kept(teacher_images=pictures.astype(np.float16), teacher_texts=texts.astype(np.float16))
 
 
 def whole_states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, torch.Tensor]]:

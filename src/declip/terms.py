@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TextView = Literal["caption", "masked", "augmented"]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -116,6 +116,38 @@ class NearestNeighbour(Section):
     )
 
 
+class Distillation(Section):
+    """Embeddings and similarities like a teacher's, which has gone over all pairs once before the first step."""
+
+    weight: float = Field(1.0, ge=0, description="weight in the loss")
+    teacher: str = Field(
+        description="who teaches: whatever declip evaluate opens; a file of embeddings (.npz, .safetensors) with "
+        "images, a row a pair, and maybe texts, a row a caption, those of a pair one after the other; or start, the "
+        "towers as they started, whose pooled features are then held near what they were",
+    )
+    images: Literal[1, 2] = Field(1, description="how many image views take part")
+    features: float = Field(
+        1.0, ge=0, description="weight of 1 - cosine between the embedding, mapped to the teacher's width, and its own"
+    )
+    similarities: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the divergence of the batch's similarities from the teacher's, where it has images and "
+        "texts in one space",
+    )
+
+    @property
+    def texts(self) -> list[TextView]:
+        """The text views that take part."""
+        return ["caption"]
+
+    @model_validator(mode="after")
+    def _teaches(self) -> Distillation:
+        if not self.features and not self.similarities:
+            raise ValueError("features and similarities are both 0, nothing is left to learn: leave the term out")
+        return self
+
+
 class Terms(Section):
     contrastive: Contrastive | None = Field(None, description="image-text InfoNCE over views")
     sigmoid: Sigmoid | None = Field(None, description="image-text sigmoid loss over views")
@@ -124,6 +156,7 @@ class Terms(Section):
     simclr: SimCLR | None = Field(None, description="image self-supervision with negatives")
     masked_language: MaskedLanguage | None = Field(None, description="text self-supervision")
     nearest_neighbour: NearestNeighbour | None = Field(None, description="captions of similar pairs")
+    distillation: Distillation | None = Field(None, description="what a larger model, or the start, makes of the pairs")
 
     def active(self) -> dict[str, Section]:
         """The terms that take part, by name; a weight of zero takes no part."""

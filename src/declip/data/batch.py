@@ -26,6 +26,8 @@ class Batch:
         `images` then have no pixels
     kept_texts: float16 [text views, batch, width] likewise, and `tokens` have no places; or, where only the last
         layers of the text tower learn, [text views, batch, tokens, width]
+    teacher_images: float32 [batch, width], a teacher's embedding of each image; NaN where it has none
+    teacher_texts: float32 [batch, width], that of the caption view
     """
 
     images: Tensor
@@ -38,6 +40,8 @@ class Batch:
     draws: Tensor | None = None
     kept_images: Tensor | None = None
     kept_texts: Tensor | None = None
+    teacher_images: Tensor | None = None
+    teacher_texts: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":

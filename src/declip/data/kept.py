@@ -21,11 +21,15 @@ class Kept:
     texts: [captions, width], those of a pair one after the other, as `Images.caption_ends` counts them; or, with
         `text_ends`, [tokens of all captions, width]
     text_ends: where the tokens of each caption end: int64 [captions]
+    teacher_images, teacher_texts: a teacher's embeddings, normalised: [pairs, width] and [captions, width]; NaN where
+        an image could not be read
     """
 
     images: States | None = None
     texts: States | None = None
     text_ends: NDArray[np.int64] | None = None
+    teacher_images: States | None = None
+    teacher_texts: States | None = None
 
     @property
     def replaces_tokens(self) -> bool:

@@ -19,7 +19,7 @@ from declip.data.batch import Batch
 from declip.data.captions import NO_LABEL, lengthen, tokenize, tokenize_masked
 from declip.data.decoded import Images
 from declip.data.device_views import DRAWS, pack
-from declip.data.kept import Kept
+from declip.data.kept import Kept, States
 from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.sources import BrokenPair, Concatenation
 from declip.data.tokenizer import CaptionTokenizer, Tokenizer
@@ -99,7 +99,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         recipe, first = self.recipe, number * self.order.batch_size
         pairs: list[int] = []
         captions: list[list[str]] = []
-        kept_captions: list[int] = []
+        shown: list[int] = []  # which caption of all is the caption view
         broken: list[tuple[int, str, str]] = []
         of_all = len(self.image_views), len(self.rows)
         images = np.empty((*of_all, *((self.size, self.size) if self.kept.images is None else (0, 0)), 3), np.uint8)
@@ -115,9 +115,9 @@ class BatchMaker(Dataset[Batch | InputError]):
             index, pool, views = self._readable(int(indices[place]), first + place, taken, broken)
             pairs.append(index)
             captions.append(self._draw(pool, index, int(items[place]), int(epochs[place]), rng))
-            if self.kept.texts is not None:
+            if self.kept.texts is not None or self.kept.teacher_texts is not None:
                 before = int(self.images.caption_ends[index - 1]) if index else 0
-                kept_captions.append(before + pool.index(captions[-1][0]))
+                shown.append(before + pool.index(captions[-1][self.text_views.index("caption")]))
             if kept is not None:
                 kept[:, row] = views
                 continue
@@ -140,9 +140,11 @@ class BatchMaker(Dataset[Batch | InputError]):
             caption_ids=ids,
             draws=None if draws is None else torch.from_numpy(draws),
             kept_images=None if kept is None else torch.from_numpy(kept),
-            kept_texts=torch.from_numpy(self.kept.captions(kept_captions, tokens.shape[2])[None])
-            if kept_captions
-            else None,
+            kept_texts=None
+            if self.kept.texts is None
+            else torch.from_numpy(self.kept.captions(shown, tokens.shape[2])[None]),
+            teacher_images=_rows(self.kept.teacher_images, pairs),
+            teacher_texts=_rows(self.kept.teacher_texts, shown),
         )
 
     def _readable(
@@ -218,6 +220,10 @@ class BatchMaker(Dataset[Batch | InputError]):
         # Without replacement as long as the pool lasts: two views of one text say less than two captions.
         order = rng.permutation(len(pool))
         return [pool[order[view % len(pool)]] for view in range(count)]
+
+
+def _rows(embeddings: States | None, rows: list[int]) -> torch.Tensor | None:
+    return None if embeddings is None else torch.from_numpy(embeddings[rows].astype(np.float32))
 
 
 class OfItems:

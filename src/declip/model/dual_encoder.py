@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from declip.architecture import Tune
 from declip.data.batch import Batch
+from declip.data.captions import lengthen, tokenize
 from declip.data.tokenizer import EOT, Tokenizer
 from declip.errors import InputError, first_line
 from declip.model.image_tower import EncodedImages, before_projection, encode_image, image_widths, project_image
@@ -61,6 +62,7 @@ class Features:
     image_tokens: [image views, batch, tokens, width]; None when no term asks
     text_tokens: by text view [batch, tokens, width], for the views that some term asks for
     text_mask: by text view bool [batch, tokens], false where a caption is padded, for the same views
+    pooled_text: by text view [batch, width], before the projection to the joint space; empty when no term asks
     ranks: the processes that share the global batch; everything above is this one's part of it
     """
 
@@ -72,6 +74,7 @@ class Features:
     image_tokens: Tensor | None = None
     text_tokens: dict[str, Tensor] = field(default_factory=dict)
     text_mask: dict[str, Tensor] = field(default_factory=dict)
+    pooled_text: dict[str, Tensor] = field(default_factory=dict)
     ranks: Ranks = ALONE
 
     @cached_property
@@ -146,7 +149,10 @@ class DualEncoder(nn.Module):
         """What the recipe's terms ask for beyond embeddings; raises InputError where a tower cannot give it."""
         terms = recipe.terms.active()
         self.token_views: set[str] = {"masked"} if "masked_language" in terms else set()
-        self.wants_pooled, self.wants_image_tokens = "simclr" in terms, "token_wise" in terms
+        distilled = recipe.terms.distillation
+        self.wants_pooled_text = "distillation" in terms and distilled is not None and distilled.teacher == "start"
+        self.wants_pooled = "simclr" in terms or self.wants_pooled_text
+        self.wants_image_tokens = "token_wise" in terms
         if recipe.terms.token_wise and self.wants_image_tokens:
             self.token_views |= set(recipe.terms.token_wise.texts)
         try:
@@ -154,7 +160,7 @@ class DualEncoder(nn.Module):
         except (AssertionError, RuntimeError, ValueError) as error:
             size = f"model.image.image_size = {self.image_size}"
             raise InputError(f"model.image: the tower takes no images of {size}: {first_line(error)}.") from None
-        if self.wants_pooled and pooled is None:
+        if "simclr" in terms and pooled is None:
             raise InputError("terms.simclr: this image tower gives no feature before its projection.")
         if self.wants_image_tokens and tokens is None:
             raise InputError("terms.token_wise: this image tower gives no tokens, one for each place of the image.")
@@ -199,8 +205,19 @@ class DualEncoder(nn.Module):
             pooled_image=image.pooled.float() if self.wants_pooled and image.pooled is not None else None,
             image_tokens=image.tokens.float() if self.wants_image_tokens and image.tokens is not None else None,
             text_tokens={view: tokens.float() for view, tokens, _ in wanted},
+            pooled_text=dict(
+                zip(batch.text_views, torch.unflatten(texts.pooled, 0, (views, size)).float(), strict=True)
+            )
+            if self.wants_pooled_text
+            else {},
             text_mask={view: caption_mask(ids, self.tokenizer.special.pad) for view, _, ids in wanted},
         )
+
+    def token_ids(self, texts: Sequence[str]) -> Tensor:
+        """int64 [texts, tokens] as the text tower takes them, to the longest, or whole where it wants them so."""
+        special = self.tokenizer.special
+        tokens = tokenize([self.tokenizer.encode(text) for text in texts], self.context_length, special)
+        return torch.from_numpy(lengthen(tokens, self.context_length, special.pad) if self.full_captions else tokens)
 
     def images_below(self, pixels: Tensor) -> Tensor:
         """What the part of the image tower that does not learn gives, before what learns: what may be kept.

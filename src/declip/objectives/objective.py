@@ -8,6 +8,7 @@ from declip.data.batch import Batch
 from declip.model.dual_encoder import DualEncoder, Features
 from declip.model.heads import TokenMappings
 from declip.objectives.contrastive import Contrastive
+from declip.objectives.distillation import Distillation
 from declip.objectives.masked_language import MaskedLanguage
 from declip.objectives.nearest_neighbour import NearestNeighbour
 from declip.objectives.sigmoid import Sigmoid
@@ -44,18 +45,26 @@ class Objective(nn.Module):
                 term.clamp_logit_scale()
 
 
-def build_objective(recipe: Recipe, model: DualEncoder, used_tokens: Tensor | None = None) -> Objective:
+def build_objective(
+    recipe: Recipe,
+    model: DualEncoder,
+    used_tokens: Tensor | None = None,
+    teacher: tuple[int | None, float] = (None, 1.0),
+) -> Objective:
     """The terms that a recipe asks for, with heads that fit the model's towers.
 
     used_tokens: int64 [used], the token ids of the training captions, for a masked language term that chooses among
     them alone.
+    teacher: width and logit scale of whom a distillation term learns from; no width of the start's pooled features
     """
     active = recipe.terms.active()
-    modules = {name: _build_term(name, recipe, model, used_tokens) for name in active}
+    modules = {name: _build_term(name, recipe, model, used_tokens, teacher) for name in active}
     return Objective(modules, {name: term.weight for name, term in active.items()})  # type: ignore[attr-defined]
 
 
-def _build_term(name: str, recipe: Recipe, model: DualEncoder, used_tokens: Tensor | None) -> nn.Module:
+def _build_term(
+    name: str, recipe: Recipe, model: DualEncoder, used_tokens: Tensor | None, teacher: tuple[int | None, float]
+) -> nn.Module:
     options = getattr(recipe.terms, name)
     match name:
         case "contrastive":
@@ -81,4 +90,8 @@ def _build_term(name: str, recipe: Recipe, model: DualEncoder, used_tokens: Tens
             return NearestNeighbour(
                 model.dim, *queue, options.exclude_own, options.random_start, options.enqueue, options.queue_per_rank
             )
+        case "distillation":
+            width, teacher_scale = teacher
+            widths = None if width is None else (model.dim, width)
+            return Distillation(widths, options.images, options.features, options.similarities, teacher_scale)
     raise ValueError(f"there is no term {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def keep_features(
             part,
             model.tune[part] if model.tune[part] == "last" else "",
             _digest_of_weights(model, part),
-            _digest_of_pairs(images.source, of_image),
+            digest_of_pairs(images.source, of_image),
             recipe.engine.precision,
         ]
         if of_image:
@@ -80,7 +80,7 @@ def keep_features(
             facts += [views, str(recipe.seed), str(recipe.model.image.views_kept), str(model.image_size)]
         else:
             facts += [str(model.context_length)]
-        name = f"features of {part}s {_hash(*facts)}"
+        name = f"features of {part}s {hash_of(*facts)}"
         _say_if_stale(storage, images.source, part, name)
         write = _write_images if of_image else _write_texts
         path = storage.kept(
@@ -157,16 +157,9 @@ def _token_ends(model: DualEncoder, images: Images) -> np.ndarray:
     lengths = [
         length
         for index in range(len(source))
-        for length in caption_lengths(_tokens(model, source.captions(index)), model.tokenizer.special.pad).tolist()
+        for length in caption_lengths(model.token_ids(source.captions(index)), model.tokenizer.special.pad).tolist()
     ]
     return np.cumsum(lengths)
-
-
-def _tokens(model: DualEncoder, texts: Sequence[str]) -> Tensor:
-    """int64 [texts, tokens], as the tower takes them."""
-    special = model.tokenizer.special
-    tokens = tokenize([model.tokenizer.encode(text) for text in texts], model.context_length, special)
-    return torch.from_numpy(lengthen(tokens, model.context_length, special.pad) if model.full_captions else tokens)
 
 
 @torch.no_grad()
@@ -209,7 +202,7 @@ def _write_texts(
     with _applied(model, recipe, device):
         for start in range(0, len(order), _CAPTIONS_AT_ONCE):
             rows = order[start : start + _CAPTIONS_AT_ONCE]
-            tokens = _tokens(model, [texts[row] for row in rows]).to(device)
+            tokens = model.token_ids([texts[row] for row in rows]).to(device)
             states = _in_half(model.texts_below(tokens), "text")
             whole = states.ndim == 2
             if out is None:
@@ -289,10 +282,11 @@ def _digest_of_weights(model: DualEncoder, part: Part) -> str:
     for name, tensor in model.clip.state_dict().items():
         if part_of(name) == part and not is_projection(name) and name not in learning:
             facts += [name, tensor.detach().cpu().numpy().tobytes()]
-    return _hash(*facts)
+    return hash_of(*facts)
 
 
-def _digest_of_pairs(source: Source, images: bool) -> str:
+def digest_of_pairs(source: Source, images: bool) -> str:
+    """Of keys, captions and, where asked, pictures (of many pairs, some)."""
     digest = hashlib.blake2b(digest_size=16)
     step = max(1, len(source) // _IMAGES_READ)
     for index in range(len(source)):
@@ -305,7 +299,8 @@ def _digest_of_pairs(source: Source, images: bool) -> str:
     return digest.hexdigest()
 
 
-def _hash(*parts: str | bytes) -> str:
+def hash_of(*parts: str | bytes) -> str:
+    """Of all parts, each with its length."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
@@ -315,7 +310,7 @@ def _hash(*parts: str | bytes) -> str:
 
 def _say_if_stale(storage: Storage, source: Source, part: Part, name: str) -> None:
     """Say that features of the same pairs are there, but of other weights, views or contents; note these."""
-    note = storage.folder / "features" / f"{part} {_hash(source.name)}"
+    note = storage.folder / "features" / f"{part} {hash_of(source.name)}"
     before = note.read_text("utf-8") if note.is_file() else name
     if before != name:
         print(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from declip.data.decoded import open_images
 from declip.data.device_views import finish_views
+from declip.data.kept import Kept
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import Source
 from declip.errors import Diverged, InputError, Preempted, RunStopped
@@ -57,6 +58,7 @@ from declip.training.run import Run
 from declip.training.saving import NoSaver, Saver
 from declip.training.sharding import tower_blocks
 from declip.training.step import attention_kernel, pick_device
+from declip.training.teacher import Teacher, learn_from, no_lesson, open_teacher
 from declip.training.trackers import check_trackers
 
 LOG_SECONDS = 0.5
@@ -111,7 +113,8 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
         raise InputError(
             "evaluation.interpolate needs held-out pairs to choose by: set data.holdout or data.validation."
         )
-    model, objective, first = _build(recipe, start, pairs, going_on, ranks)
+    teacher = open_teacher(recipe, start, device)
+    model, objective, first = _build(recipe, start, pairs, going_on, ranks, teacher)
     held_out = None
     if held_images and not ranks.rank:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
@@ -120,11 +123,7 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
     run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks, first)
     if going_on:
         run.read()
-    if out is None:
-        run.kept = empty_features(model, images, recipe)
-    elif kept_parts(recipe):
-        with nullcontext() if quiet or ranks.rank else progress_bar() as progress:
-            run.kept = keep_features(model, images, recipe, device, progress)
+    run.kept = _keep(run, teacher, quiet, measured_only=out is None)
     if writes:
         make_run(run.out, recipe)  # where it goes on, the schedule may be another
         if going_on:
@@ -132,8 +131,21 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
     return run
 
 
+def _keep(run: Run, teacher: Teacher | None, quiet: bool, measured_only: bool) -> Kept:
+    """What comes before all that learns, and what a teacher says: of all pairs, before the first step."""
+    model, images, recipe = run.model, run.images, run.recipe
+    if measured_only:
+        kept = empty_features(model, images, recipe)
+        return kept if teacher is None else no_lesson(teacher, images, kept, model)
+    if not kept_parts(recipe) and teacher is None:
+        return Kept()
+    with nullcontext() if quiet or run.ranks.rank else progress_bar() as progress:
+        kept = keep_features(model, images, recipe, run.device, progress)
+        return kept if teacher is None else learn_from(teacher, images, recipe, kept, progress)
+
+
 def _build(
-    recipe: Recipe, start: Start, pairs: Source, going_on: bool, ranks: Ranks
+    recipe: Recipe, start: Start, pairs: Source, going_on: bool, ranks: Ranks, teacher: Teacher | None
 ) -> tuple[DualEncoder, Objective, dict[str, Tensor]]:
     """Towers and terms with the weights that they start from; where a run goes on, its checkpoint has them.
 
@@ -147,7 +159,8 @@ def _build(
             "takes it all for the same: choose a text tower of their language.",
             file=sys.stderr,
         )
-    objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer))
+    of_teacher = (None, 1.0) if teacher is None else (teacher.width, teacher.logit_scale)
+    objective = build_objective(recipe, model, used_tokens(recipe, pairs, model.tokenizer), of_teacher)
     parameter_groups([model, objective], recipe.optimizer)  # whether the rates fit the towers
     if recipe.engine.shard:
         tower_blocks(model.clip)  # whether they can be sharded

@@ -1,0 +1,239 @@
+"""A teacher goes over the pairs once: what it embeds is kept on disk, and steps pay nothing for it."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from declip.data.decode import Pixels, decode_image
+from declip.data.decoded import Images
+from declip.data.images import eval_view
+from declip.data.kept import Kept, States
+from declip.data.sources import Source
+from declip.data.storage import Storage
+from declip.errors import InputError, first_line
+from declip.evaluation.embedding import Encoder, embed_source, embed_texts
+from declip.model.dual_encoder import DualEncoder
+from declip.model.image_tower import encode_image
+from declip.model.parts import Part
+from declip.model.pretrained import LoadedModel, load
+from declip.model.products import by_onednn
+from declip.model.start import Start, load_towers
+from declip.model.text_tower import encode_text, trim_for
+from declip.model.tuning import LOCKED
+from declip.progress import Progress
+from declip.recipe import Recipe
+from declip.training.locked import digest_of_pairs, hash_of
+
+START = "start"
+_FILES = (".npz", ".safetensors")
+_TEACHERS_SCALE = 100.0  # of embeddings in a file, which say none: that of nearly all CLIP models
+
+
+@dataclass
+class Teacher:
+    """What a run learns from, opened and not yet asked.
+
+    width: of its embeddings; None of the start, whose features are compared as they are
+    parts: the sides that it has, or that are asked of it
+    """
+
+    name: str
+    width: int | None
+    parts: tuple[Part, ...]
+    logit_scale: float
+    version: str
+    embed: Callable[[Source, Part, Progress | None], States]
+
+
+def open_teacher(recipe: Recipe, start: Start, device: torch.device) -> Teacher | None:
+    """The teacher of the recipe's distillation term, where it has one; raises InputError where it cannot teach."""
+    term = recipe.terms.active().get("distillation")
+    if term is None:
+        return None
+    spec: str = term.teacher  # type: ignore[attr-defined]
+    if spec == START:
+        return _of_start(recipe, start, device)
+    if Path(spec).suffix in _FILES and Path(spec).is_file():
+        return _of_file(Path(spec))
+    if Path(spec).suffix == ".npz":
+        raise InputError(f"terms.distillation.teacher: there is no file {spec}.")
+    model = load(spec, str(device))
+    if model.token_wise is not None or model.tokenizer is None:
+        lack = "compares tokens" if model.tokenizer is not None else "has no text tower"
+        raise InputError(f"terms.distillation.teacher: {spec} {lack} and gives no embeddings to learn from.")
+    return _of_model(model)
+
+
+def learn_from(teacher: Teacher, images: Images, recipe: Recipe, kept: Kept, progress: Progress | None = None) -> Kept:
+    """`kept` with the teacher's embeddings of all pairs, computed where the cache has them not of these pairs."""
+    source, found = images.source, {}
+    for part in teacher.parts:
+        name = f"teacher's {part}s {hash_of(teacher.version, part, digest_of_pairs(source, part == 'image'))}"
+
+        def write(place: Path, part: Part = part) -> None:
+            with open(place, "wb") as file:
+                np.save(file, teacher.embed(source, part, progress))
+
+        path = Storage.of(recipe.data).kept(name, write, f"what the teacher makes of {source.name}")
+        found[f"teacher_{part}s"] = np.load(path, mmap_mode="r")
+    return Kept(**{**vars(kept), **found})
+
+
+def no_lesson(teacher: Teacher, images: Images, kept: Kept, model: DualEncoder) -> Kept:
+    """`kept` with zeros in the place of the teacher's embeddings, for a run that only measures its steps."""
+    counts = {"image": len(images.source), "text": int(images.caption_ends[-1])}
+    widths = {"image": model.pooled_width, "text": model.text.width}
+    shapes = {part: (counts[part], teacher.width or widths[part]) for part in teacher.parts}
+    zeros = {f"teacher_{part}s": np.broadcast_to(np.zeros((), np.float16), shape) for part, shape in shapes.items()}
+    return Kept(**{**vars(kept), **zeros})
+
+
+def _of_model(model: LoadedModel) -> Teacher:
+    width = model.encode_text(["a photo"]).shape[1]
+    said = (re.sub(r" at 0x\w+", "", repr(part)) for part in (model.preprocess, model.tokenizer))
+    facts = [*said, *_tensors(model.clip.state_dict())]
+    return Teacher(
+        model.name, width, ("image", "text"), model.logit_scale, hash_of(*facts), lambda *asked: _embed(model, *asked)
+    )
+
+
+def _embed(model: Encoder, source: Source, part: Part, progress: Progress | None) -> States:
+    """float16 [pairs or captions, width]; NaN where an image cannot be read."""
+    if part == "text":
+        texts = [caption for index in range(len(source)) for caption in source.captions(index)]
+        return _in_half(embed_texts(model, texts, f"captions of {source.name}, by the teacher", progress))
+    found = embed_source(model, source, f"{source.name}, by the teacher", progress)
+    images = torch.full((len(source), found.images.shape[1]), float("nan"))
+    images[found.rows] = found.images
+    return _in_half(images)
+
+
+def _in_half(embeddings: Tensor) -> States:
+    half: States = F.normalize(embeddings.float(), dim=-1).numpy().astype(np.float16)
+    return half
+
+
+def _tensors(state: dict[str, Tensor]) -> list[str | bytes]:
+    return [part for name, tensor in state.items() for part in (name, tensor.detach().cpu().float().numpy().tobytes())]
+
+
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+class _Started:
+    """The run's own towers as they started, as something that embeds: what they pool before their projections."""
+
+    name = START
+
+    def __init__(self, model: DualEncoder, device: torch.device) -> None:
+        self.model, self.device = model.eval(), device
+
+    def prepare(self, data: bytes) -> Pixels:
+        return eval_view(decode_image(data), self.model.image_size)
+
+    @torch.inference_mode()
+    def encode_prepared(self, images: list[Any]) -> Tensor:
+        pixels = self.model.pixels(torch.from_numpy(np.stack(images)).to(self.device))
+        with by_onednn(self.device):
+            found = [encode_image(self.model.clip, some).pooled for some in torch.split(pixels, 64)]
+        return torch.cat(found).float().cpu()  # type: ignore[arg-type]
+
+    encode_image = encode_prepared
+
+    @torch.inference_mode()
+    def encode_text(self, texts: list[str]) -> Tensor:
+        found = []
+        for begin in range(0, len(texts), 256):
+            ids = self.model.token_ids(texts[begin : begin + 256]).to(self.device)
+            cut = trim_for(self.model.clip, ids, self.model.tokenizer.special.pad)
+            with by_onednn(self.device):
+                found.append(encode_text(self.model.clip, cut).pooled)
+        return torch.cat(found).float().cpu()
+
+
+def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
+    model, learning = recipe.model, []
+    for part, tower in (("image", model.image), ("text", model.text)):
+        if (model.init or tower.init) and tower.tune not in LOCKED:
+            learning.append(part)
+    if not learning:
+        raise InputError(
+            "terms.distillation.teacher = start: no tower that learns starts from weights: set model.init, "
+            "model.image.init or model.text.init, or leave the term out."
+        )
+    with torch.random.fork_rng():  # the run's own towers stay what they would be without it
+        copy = DualEncoder(recipe)
+    load_towers(start, copy.clip)
+    if "image" in learning and not copy.pooled_width:
+        raise InputError("terms.distillation.teacher = start: this image tower gives no feature before its projection.")
+    started = _Started(copy.to(device), device)
+    version = hash_of(START, str(copy.image_size), str(copy.context_length), *_tensors(copy.clip.state_dict()))
+    return Teacher(START, None, tuple(learning), 1.0, version, lambda *asked: _embed(started, *asked))  # type: ignore[arg-type]
+
+
+# --- embeddings in a file ---------------------------------------------------------------------------------------------
+
+
+def _of_file(path: Path) -> Teacher:
+    arrays = _read(path)
+    parts: list[Part] = [part for part in ("image", "text") if f"{part}s" in arrays]
+    for part in parts:
+        array = arrays[f"{part}s"]
+        if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
+            raise InputError(f"{path}: {part}s is no matrix of floating-point numbers, a row for each.")
+    if len({arrays[f"{part}s"].shape[1] for part in parts}) > 1:
+        raise InputError(f"{path}: images and texts are of different widths, so they share no space.")
+    width = arrays["images"].shape[1]
+    stat = path.stat()
+    version = hash_of(str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns))
+
+    def embed(source: Source, part: Part, progress: Progress | None) -> States:
+        rows = arrays[f"{part}s"]
+        count = len(source) if part == "image" else sum(len(source.captions(i)) for i in range(len(source)))
+        if part == "image" and "keys" in arrays:
+            rows = rows[_order(path, arrays["keys"], source)]
+        if len(rows) != count:
+            what = "pairs" if part == "image" else "captions"
+            raise InputError(f"{path} has {part}s for {len(rows):,} {what}, but {source.name} has {count:,}.")
+        return _in_half(torch.from_numpy(np.ascontiguousarray(rows)))
+
+    return Teacher(str(path), width, tuple(parts), _TEACHERS_SCALE, version, embed)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The arrays of a file; nothing in it is unpickled."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        else:
+            from safetensors.numpy import load_file
+
+            arrays = load_file(path)
+    except (OSError, ValueError, zipfile.BadZipFile, json.JSONDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {first_line(error)}.") from None
+    if "images" not in arrays:
+        raise InputError(f"{path} has no images: it needs a matrix of that name, a row a pair, and may have texts.")
+    if "keys" in arrays and "texts" in arrays:
+        raise InputError(f"{path} has keys and texts: keys put images in order, not captions; leave one of them out.")
+    return arrays
+
+
+def _order(path: Path, keys: Any, source: Source) -> list[int]:
+    """The row of each of the source's pairs."""
+    rows = {str(key): row for row, key in enumerate(keys)}
+    wanted = [source.key(index) for index in range(len(source))]
+    if missing := next((key for key in wanted if key not in rows), None):
+        raise InputError(f"{path} has no embedding of the pair {missing!r} of {source.name}.")
+    return [rows[key] for key in wanted]
