@@ -11,8 +11,8 @@ import pytest
 from conftest import keys, pair, write_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pictures import picture
+from PIL import Image
 
 from declip.data.sources import connected
 from declip.errors import InputError

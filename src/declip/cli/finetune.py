@@ -25,8 +25,8 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released file; or two towers "
-        "as IMAGE+TEXT, say tf_efficientnet_lite0+minilm/; or a recipe whose model section names inits",
+        help="a run folder, open_clip's name:pretrained or folder, a Hugging Face folder, a released file; or two "
+        "towers as IMAGE+TEXT, say tf_efficientnet_lite0+minilm/; or a recipe whose model section names inits",
     )
     parser.add_argument(
         "data", metavar="DATA", nargs="*", help="pairs as declip train takes them; path=value changes a field"

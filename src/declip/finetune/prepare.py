@@ -24,7 +24,7 @@ from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
 from declip.training.estimate import estimate
 from declip.training.finetuning import Facts, Plan, Speed, check_enough, choose, override
-from declip.training.pairs import groups_of_pictures, open_pairs
+from declip.training.pairs import check_batch, groups_of_pictures, open_pairs
 
 NOTES = "finetune.json"
 """In the run folder: what was found out about the pairs, and the plan with its reasons."""
@@ -109,6 +109,7 @@ def _planned(
     )
     plan = choose(facts)
     recipe = _recipe(start, plan, own)
+    check_batch(recipe, train)
     if asked.minutes:
         plan = choose(replace(facts, speed=_speed(recipe)))
         recipe = _recipe(start, plan, own)
@@ -146,7 +147,6 @@ def _facts_of_weights(bare: Recipe, source: Source, groups: Any, progress: Progr
         pairs=0,
         held_out=0,
         captions=found.captions,
-        copies=found.copies,
         random=tuple(part for part, tower in towers.items() if tower is None),
         embed_dim=recipe.model.embed_dim if projected else None,
     )

@@ -96,7 +96,7 @@ def _write(
 
 def _figures(found: list[Change], at_start: bool) -> dict[str, float]:
     """Metrics by the report's names: plain those of the held-out pairs, the sets' own with the set in front."""
-    figures = {}
+    figures: dict[str, float] = {}
     for number, change in enumerate(found):
         start = change.chance if change.before is None else change.before
         prefix = "" if number == 0 and change.task == "retrieval" else f"{Path(change.data).name} "

@@ -18,7 +18,7 @@ INITS = ("model.init", "model.image.init", "model.text.init")
 
 @dataclass(frozen=True)
 class Start:
-    """recipe: what `load_recipe` takes; inits: what MODEL says of INITS; said: what a recipe says by itself, by path."""
+    """recipe: what `load_recipe` takes; inits: of INITS, what MODEL is; said: what a recipe says itself, by path."""
 
     recipe: str
     inits: Mapping[str, str] = field(default_factory=dict)

@@ -93,7 +93,7 @@ class Facts:
     embed_dim: width of the projections that come with the weights, None where there are none
     pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
     by_picture: whether they are few enough to be split by their pictures
-    captions: of an image, on average; copies: share of pairs whose picture is a copy of another's (None: not known)
+    captions: of an image, on average
     said: what the user or the recipe says, by path; the rules say nothing of these
     minutes, speed: time to train, and what a few steps took; None where time does not matter
     """
@@ -102,7 +102,6 @@ class Facts:
     pairs: int
     held_out: int
     captions: float = 1.0
-    copies: float | None = 0.0
     splits: bool = True
     by_picture: bool = True
     random: tuple[str, ...] = ()
@@ -159,7 +158,7 @@ def epochs_for(pairs: int) -> float:
 
     A short run over few pairs is too few steps, a long one learns them by heart.
     """
-    found = EPOCHS * (AT_PAIRS / pairs) ** POWER
+    found: float = EPOCHS * (AT_PAIRS / pairs) ** POWER
     return min(MOST_EPOCHS, max(LEAST_EPOCHS, round(found) if found >= 3 else round(found, 1)))
 
 
@@ -178,8 +177,7 @@ def _of_pairs(facts: Facts) -> Iterator[Choice]:
     if not facts.splits:
         return
     if facts.by_picture:
-        found = f", {facts.copies:.0%} of them" if facts.copies else ""
-        yield Choice("data.holdout_by", "picture", f"copies of a picture{found} stay on one side: else it is known")
+        yield Choice("data.holdout_by", "picture", "copies stay on one side: no picture is judged that was trained on")
     else:
         yield Choice("data.holdout_by", "key", "too many pairs to look at every picture: copies may be on both sides")
 
@@ -239,22 +237,34 @@ def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
     batch = batch_for(facts.pairs)
     why = f"fewer than {BATCH}, so that an epoch has {BATCH_SHARE} steps at least"
     yield Choice("schedule.batch_size", batch, "as many pairs to tell apart as usual" if batch == BATCH else why)
-    epochs = epochs_for(facts.pairs)
+    epochs = _said_epochs(facts) or epochs_for(facts.pairs)
     why = f"for {facts.pairs:,} pairs"
     scores = _between(SCORES, ceil(epochs)) if facts.held_out else 0
     timed = facts.minutes is not None and facts.speed is not None
-    if timed and "schedule.pairs_seen" not in facts.said and "schedule.epochs" not in facts.said:
+    if timed and not _said_epochs(facts):
         within, scores = _within(facts, way, scores)
         if within < epochs:
-            why += f" {epochs:g}, but {facts.minutes:g} minutes are enough for so many"
+            why += f" it would be {epochs:g}, but --minutes {facts.minutes:g} allow so many"
             epochs = within
     if "schedule.pairs_seen" not in facts.said:
         yield Choice("schedule.epochs", epochs, why)
     if not facts.held_out:
         return
-    yield Choice("evaluation.every", round(1 / max(1, scores), 4), f"{scores} held-out scores in the run")
+    yield Choice(
+        "evaluation.every",
+        round(1 / max(1, scores), 4),
+        "one held-out score" if scores == 1 else f"{scores} held-out scores in the run",
+    )
     if scores > PATIENCE:
         yield Choice("evaluation.patience", PATIENCE, f"stop after {PATIENCE} scores without a better one")
+
+
+def _said_epochs(facts: Facts) -> float | None:
+    """Passes that the user asks for; None where nothing is said."""
+    if seen := facts.said.get("schedule.pairs_seen"):
+        return float(seen / facts.pairs)
+    said: float | None = facts.said.get("schedule.epochs")
+    return said
 
 
 def _between(bounds: tuple[int, int], value: int) -> int:

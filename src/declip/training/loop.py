@@ -48,6 +48,7 @@ from declip.training.logging import NoLog, RunLog, cut_metrics
 from declip.training.optimizer import batch_factor, check_schedule, cooldown_start, learning_rate, parameter_groups
 from declip.training.pairs import (
     UNKNOWN_AT_MOST,
+    check_batch,
     epoch_pairs,
     open_pairs,
     total_steps,
@@ -115,10 +116,7 @@ def set_up(
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
     pairs, held_pairs = open_pairs(recipe.data)
-    if recipe.schedule.batch_size > len(pairs):
-        raise InputError(
-            f"schedule.batch_size = {recipe.schedule.batch_size} is larger than the training set of {len(pairs)} pairs."
-        )
+    check_batch(recipe, pairs)
     images = open_images(pairs, recipe.data.cache_gb, recipe.data.broken_limit)
     held_images = open_images(held_pairs, recipe.data.cache_gb, 1.0) if held_pairs else None
     steps = total_steps(recipe, epoch_pairs(recipe, images))

@@ -60,7 +60,7 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
 
 
 def _split_by_picture(parts: list[Source], data: Data) -> tuple[list[Source], Source]:
-    """What is left of each part, and what is held out: no picture is on both sides, of whatever parts its copies are."""
+    """What is left of each part, and what is held out; no picture is on both sides, even of two parts."""
     source = joined(parts)
     chosen = hold_out_groups(source, data.holdout, 0, groups_of_pictures(source, data))
     ends = np.cumsum([len(part) for part in parts])
@@ -135,6 +135,14 @@ def unknown_share(pairs: Source, tokenizer: CaptionTokenizer) -> float:
         for token in tokenizer.encode(caption)
     ]
     return tokens.count(unknown) / max(1, len(tokens))
+
+
+def check_batch(recipe: Recipe, pairs: Source) -> None:
+    """Raises InputError where a step has more pairs than there are."""
+    if recipe.schedule.batch_size > len(pairs):
+        raise InputError(
+            f"schedule.batch_size = {recipe.schedule.batch_size} is larger than the training set of {len(pairs)} pairs."
+        )
 
 
 def epoch_pairs(recipe: Recipe, images: Images) -> int:

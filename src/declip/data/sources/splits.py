@@ -64,7 +64,7 @@ def split_holdout(source: Source, share: float, seed: int) -> tuple[Without, Sub
 
 
 def hold_out_groups(source: Source, share: float, seed: int, groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Indices of a share of the pairs (at least one), rising, such that pairs of a group or of equal keys stay together.
+    """Indices of a share of the pairs (at least one), rising; pairs of a group, and of equal keys, stay together.
 
     groups: int64 [pairs], of each pair the first one of its group. Groups are drawn by a hash of their keys, so
     that the split does not depend on the order of the pairs; one that is larger than what is still to be held out is
