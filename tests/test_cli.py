@@ -16,7 +16,7 @@ import pytest
 from declip.cli import main
 from declip.recipe import load_recipe, parse_recipe, shipped
 
-COMMANDS = ("demo", "train", "evaluate", "convert", "recipes")
+COMMANDS = ("demo", "train", "finetune", "evaluate", "convert", "recipes")
 Capture = pytest.CaptureFixture[str]
 
 

@@ -29,7 +29,7 @@ def test_evaluation_and_recipes_do_not_import_torch() -> None:
     assert done.stdout.strip() == "False", done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["finetune", "--help"], ["--version"]])
 def test_help_needs_nothing_heavy(arguments: list[str]) -> None:
     code = f"import runpy; sys.argv = ['declip', *{arguments}]; runpy.run_module('declip', run_name='__main__')"
     done = run(WITHOUT.format(names=HEAVY) + code)

@@ -64,6 +64,11 @@ class Data(Section):
     )
     validation: Sources = Field([], description="pairs that the held-out score is computed on during training")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the training pairs held out when validation is empty")
+    holdout_by: Literal["key", "picture"] = Field(
+        "key",
+        description="which pairs stay on one side when some are held out: those of equal keys; or also those whose "
+        "pictures are copies of each other, for which every picture is looked at once",
+    )
     fraction: float = Field(1.0, gt=0, le=1, description="train on this share of the pairs only (nested subsets)")
     fraction_seed: int = Field(0, description="which subset a fraction takes")
     image: str | None = Field(None, description="name of the image column (found by itself if not given)")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -286,6 +287,26 @@ def parse_data(options: list[str]) -> Data:
         return _Options.model_validate(values).data
     except ValidationError as error:
         raise InputError(_sentence(error, "options")) from None
+
+
+def said_in(overrides: Sequence[str]) -> dict[str, Any]:
+    """What ``path=value`` overrides say, by path; raises InputError as `load_recipe` does."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _override(values, override)
+    return flat(values)
+
+
+def said_in_file(path: Path) -> dict[str, Any]:
+    """What a recipe's TOML file says, by path; raises InputError where it is no TOML."""
+    return flat(_toml(_read(path), str(path)))
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by path; a section that says nothing stays as it is."""
+    if not isinstance(values, dict) or (prefix and not values):
+        return {prefix.rstrip("."): values}
+    return {path: v for name, value in values.items() for path, v in flat(value, f"{prefix}{name}.").items()}
 
 
 def to_toml(recipe: Recipe) -> str:

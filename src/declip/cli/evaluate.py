@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import declip
-from declip.cli.terminal import command, console
+from declip.cli.terminal import add_columns, add_root, command, console
 from declip.errors import InputError
 from declip.progress import progress_bar
 
@@ -46,7 +46,8 @@ def add_evaluate(commands: Any) -> None:
     )
     _add_probe(parser)
     _add_known(parser)
-    _add_columns(parser)
+    add_columns(parser)
+    _add_labels(parser)
     parser.add_argument(
         "--save",
         action="append",
@@ -85,18 +86,13 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_known(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--root", type=Path, default=Path("."), metavar="DIR", help="where known sets are (%(default)s)"
-    )
+    add_root(parser)
     parser.add_argument("--list", action="store_true", help="list the known sets, what they need, and which are found")
     parser.add_argument("--download", action="store_true", help="fetch known sets that are not there into --root")
 
 
-def _add_columns(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", metavar="COL", help="name of the image column")
-    parser.add_argument("--captions", action="append", default=[], metavar="COL", help="name of a caption column")
+def _add_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", metavar="COL", help="name of the label column")
-    parser.add_argument("--key", metavar="COL", help="name of the key column")
     parser.add_argument(
         "--template",
         action="append",

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +24,19 @@ def command(commands: Any, name: str, run: Any, about: str, example: str) -> arg
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
     parser.set_defaults(run=run)
     return parser
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """How the columns of pairs are called, where they are not found by themselves."""
+    parser.add_argument("--image", metavar="COL", help="name of the image column")
+    parser.add_argument("--captions", action="append", default=[], metavar="COL", help="name of a caption column")
+    parser.add_argument("--key", metavar="COL", help="name of the key column")
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--root", type=Path, default=Path("."), metavar="DIR", help="where known sets are (%(default)s)"
+    )
 
 
 def positive(text: str) -> float:

@@ -7,13 +7,14 @@ import hashlib
 import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from declip.errors import InputError, first_line
 from declip.files import check_unused, write_atomically
-from declip.recipe import Recipe, load_recipe, parse_recipe, to_toml
+from declip.recipe import Recipe, flat, load_recipe, parse_recipe, to_toml
 
 RECIPE, METRICS = "recipe.toml", "metrics.jsonl"
 FORMAT = 1  # of checkpoints; one more wherever older ones could not be read
@@ -38,16 +39,23 @@ def check_run(out: Path, recipe: Recipe, resume: bool) -> bool:
     return bool(checkpoints(out))
 
 
-def make_run(out: Path, recipe: Recipe) -> None:
-    """Make the run folder with its recipe, unless it is there; raises InputError where it cannot be made."""
+def make_run(out: Path, recipe: Recipe, beside: Mapping[str, str] | None = None) -> None:
+    """Make the run folder with its recipe, unless it is there; raises InputError where it cannot be made.
+
+    beside: more files by name, and what they say; they are there before the recipe is
+    """
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(f"The folder {out} cannot be made ({error.strerror}): give another --out.") from None
-    text = to_toml(recipe)
-    write_atomically(out / RECIPE, lambda path: path.write_text(text, encoding="utf-8"))
+    for name, text in {**(beside or {}), RECIPE: to_toml(recipe)}.items():
+        write_atomically(out / name, partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _check_same(stored: Recipe, asked: Recipe, where: Path) -> None:
@@ -62,17 +70,11 @@ def _check_same(stored: Recipe, asked: Recipe, where: Path) -> None:
 
 def first_difference(stored: Recipe, asked: Recipe) -> str | None:
     """The first field in which two recipes differ, and both values; None where they are the same."""
-    old, new = _flat(stored.model_dump(mode="json")), _flat(asked.model_dump(mode="json"))
+    old, new = flat(stored.model_dump(mode="json")), flat(asked.model_dump(mode="json"))
     for path in sorted(old.keys() | new.keys()):
         if old.get(path) != new.get(path):
             return f"{path} = {old.get(path)!r} there, {new.get(path)!r} now"
     return None
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix.rstrip("."): values}
-    return {path: v for name, value in values.items() for path, v in _flat(value, f"{prefix}{name}.").items()}
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -31,11 +31,11 @@ from declip.model.text_tower import caption_lengths, encode_text
 from declip.model.tuning import LOCKED
 from declip.progress import Progress
 from declip.recipe import Recipe
+from declip.training.pairs import digest_of_pairs
 from declip.training.step import autocast
 
 _VIEWS_AT_ONCE = 64  # more go slower on a CPU, as they leave its caches
 _CAPTIONS_AT_ONCE = 256
-_IMAGES_READ = 100_000  # at most, to tell whether pairs are still the same
 
 
 def kept_parts(recipe: Recipe) -> list[Part]:
@@ -283,20 +283,6 @@ def _digest_of_weights(model: DualEncoder, part: Part) -> str:
         if part_of(name) == part and not is_projection(name) and name not in learning:
             facts += [name, tensor.detach().cpu().numpy().tobytes()]
     return hash_of(*facts)
-
-
-def digest_of_pairs(source: Source, images: bool) -> str:
-    """Of keys, captions and, where asked, pictures (of many pairs, some)."""
-    digest = hashlib.blake2b(digest_size=16)
-    step = max(1, len(source) // _IMAGES_READ)
-    for index in range(len(source)):
-        digest.update("\0".join([source.key(index), *source.captions(index)]).encode("utf-8", "replace"))
-        if images and index % step == 0:
-            try:
-                digest.update(hashlib.blake2b(source[index].image).digest())
-            except BrokenPair:
-                digest.update(b"broken")
-    return digest.hexdigest()
 
 
 def hash_of(*parts: str | bytes) -> str:

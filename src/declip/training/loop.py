@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from declip.training.logging import NoLog, RunLog, cut_metrics
 from declip.training.optimizer import batch_factor, check_schedule, cooldown_start, learning_rate, parameter_groups
 from declip.training.pairs import (
     UNKNOWN_AT_MOST,
+    check_batch,
     epoch_pairs,
     open_pairs,
     total_steps,
@@ -64,8 +66,16 @@ from declip.training.trackers import check_trackers
 LOG_SECONDS = 0.5
 
 
-def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    resume: bool = False,
+    quiet: bool = False,
+    beside: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Train a recipe into the run folder `out` and return a summary of the run.
+
+    beside: text files that the folder is made with, by name.
 
     As one of several processes where torchrun has started them (`training.distributed`).
     Raises InputError for bad input and for a run that has diverged; KeyboardInterrupt on Ctrl-C and Preempted on
@@ -73,7 +83,7 @@ def train(recipe: Recipe, out: str | Path, resume: bool = False, quiet: bool = F
     """
     with joined_ranks(recipe) as ranks:
         with one_voice(ranks):
-            run = set_up(recipe, Path(out), resume, ranks, quiet)
+            run = set_up(recipe, Path(out), resume, ranks, quiet, beside)
         log = NoLog() if ranks.rank else RunLog(run.out, run.recipe, run.steps, run.step, quiet)
         with run.saver, log, interrupts_between_steps() as interrupts:
             _go_to_the_end(run, log, interrupts)
@@ -88,7 +98,14 @@ def _finish(run: Run) -> dict[str, Any]:
     return summary
 
 
-def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: bool = True) -> Run:
+def set_up(
+    recipe: Recipe,
+    out: Path | None,
+    resume: bool,
+    ranks: Ranks,
+    quiet: bool = True,
+    beside: Mapping[str, str] | None = None,
+) -> Run:
     """Everything that can be wrong is found out here, before the first step; locked towers go over the pairs.
 
     out: the run folder; None for a run that writes nothing
@@ -101,10 +118,7 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
     pairs, held_pairs = open_pairs(recipe.data)
-    if recipe.schedule.batch_size > len(pairs):
-        raise InputError(
-            f"schedule.batch_size = {recipe.schedule.batch_size} is larger than the training set of {len(pairs)} pairs."
-        )
+    check_batch(recipe, pairs)
     images = open_images(pairs, recipe.data.cache_gb, recipe.data.broken_limit)
     held_images = open_images(held_pairs, recipe.data.cache_gb, 1.0) if held_pairs else None
     steps = total_steps(recipe, epoch_pairs(recipe, images))
@@ -125,7 +139,7 @@ def set_up(recipe: Recipe, out: Path | None, resume: bool, ranks: Ranks, quiet: 
         run.read()
     run.kept = _keep(run, teacher, quiet, measured_only=out is None)
     if writes:
-        make_run(run.out, recipe)  # where it goes on, the schedule may be another
+        make_run(run.out, recipe, beside)  # where it goes on, the schedule may be another
         if going_on:
             cut_metrics(run.out, run.step)
     return run

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from declip.data.decoded import Images
-from declip.data.sources import Source, joined, open_sources, split_holdout, take_fraction
+from declip.data.sources import (
+    BrokenPair,
+    Source,
+    Subset,
+    Without,
+    hold_out_groups,
+    joined,
+    open_sources,
+    split_holdout,
+    take_fraction,
+)
+from declip.data.sources.splits import BY_KEY
+from declip.data.storage import Storage
 from declip.data.tokenizer import CaptionTokenizer
 from declip.errors import InputError
 from declip.pairs import Data
+from declip.progress import Progress
 from declip.recipe import Recipe
 
 UNKNOWN_AT_MOST = 0.05
 """Share of unknown words in captions above which a run says so."""
+_IMAGES_READ = 100_000  # at most, to tell whether pairs are still the same
 _CAPTIONED = 2000  # pairs whose captions are looked at
 
 
@@ -29,6 +48,8 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
     held: Source | None = None
     if data.validation:
         held = open_sources(data.validation, data)
+    elif data.holdout and data.holdout_by == "picture":
+        parts, held = _split_by_picture(parts, data)
     elif data.holdout:
         splits = [split_holdout(part, data.holdout, seed=0) for part in parts]
         parts, held = [kept for kept, _ in splits], joined([out for _, out in splits])
@@ -36,6 +57,60 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
         parts = [take_fraction(part, data.fraction, data.fraction_seed) for part in parts]
     pairs = joined(parts)
     return pairs, held if held is not None and len(held) > 1 else None
+
+
+def _split_by_picture(parts: list[Source], data: Data) -> tuple[list[Source], Source]:
+    """What is left of each part, and what is held out; no picture is on both sides, even of two parts."""
+    source = joined(parts)
+    chosen = hold_out_groups(source, data.holdout, 0, groups_of_pictures(source, data))
+    ends = np.cumsum([len(part) for part in parts])
+    kept: list[Source] = []
+    held: list[Source] = []
+    for part, end in zip(parts, ends.tolist(), strict=True):
+        start = end - len(part)
+        own = chosen[(chosen >= start) & (chosen < end)] - start
+        if len(own) == len(part):
+            raise InputError(f"All {len(part)} pairs of {part.name} would be held out: give data.validation.")
+        kept.append(Without(part, own))
+        held += [Subset(part, own)] if len(own) else []
+    return kept, joined(held)
+
+
+def groups_of_pictures(source: Source, data: Data, progress: Progress | None = None) -> NDArray[np.int64]:
+    """Which pairs show one picture, as `curation.groups.picture_groups` says; kept in the cache folder.
+
+    Raises InputError where there are more pairs than are split one by one.
+    """
+    from declip.curation.groups import picture_groups
+
+    if len(source) > BY_KEY:
+        raise InputError(
+            f"data.holdout_by = picture looks at every picture, and {source.name} has {len(source):,} pairs: it is for "
+            f"{BY_KEY:,} at most; leave it out, or give data.validation."
+        )
+
+    def fill(place: Path) -> None:
+        found = picture_groups(source, data.workers, progress)
+        with place.open("wb") as file:  # given a path, numpy adds an ending
+            np.save(file, found)
+
+    name = f"groups of pictures {digest_of_pairs(source, images=True)}"
+    groups: NDArray[np.int64] = np.load(Storage.of(data).kept(name, fill, f"the copies in {source.name}"))
+    return groups
+
+
+def digest_of_pairs(source: Source, images: bool) -> str:
+    """Of keys, captions and, where they count, images: whether pairs are still the same."""
+    digest = hashlib.blake2b(digest_size=16)
+    step = max(1, len(source) // _IMAGES_READ)
+    for index in range(len(source)):
+        digest.update("\0".join([source.key(index), *source.captions(index)]).encode("utf-8", "replace"))
+        if images and index % step == 0:
+            try:
+                digest.update(hashlib.blake2b(source[index].image).digest())
+            except BrokenPair:
+                digest.update(b"broken")
+    return digest.hexdigest()
 
 
 def used_tokens(recipe: Recipe, pairs: Source, tokenizer: CaptionTokenizer) -> Tensor | None:
@@ -60,6 +135,14 @@ def unknown_share(pairs: Source, tokenizer: CaptionTokenizer) -> float:
         for token in tokenizer.encode(caption)
     ]
     return tokens.count(unknown) / max(1, len(tokens))
+
+
+def check_batch(recipe: Recipe, pairs: Source) -> None:
+    """Raises InputError where a step has more pairs than there are."""
+    if recipe.schedule.batch_size > len(pairs):
+        raise InputError(
+            f"schedule.batch_size = {recipe.schedule.batch_size} is larger than the training set of {len(pairs)} pairs."
+        )
 
 
 def epoch_pairs(recipe: Recipe, images: Images) -> int:

@@ -33,7 +33,8 @@ from declip.model.text_tower import encode_text, trim_for
 from declip.model.tuning import LOCKED
 from declip.progress import Progress
 from declip.recipe import Recipe
-from declip.training.locked import digest_of_pairs, hash_of
+from declip.training.locked import hash_of
+from declip.training.pairs import digest_of_pairs
 
 START = "start"
 _FILES = (".npz", ".safetensors")

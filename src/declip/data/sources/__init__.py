@@ -2,7 +2,7 @@
 
 from declip.data.sources.base import BrokenPair, Concatenation, Pair, Source, Subset, joined
 from declip.data.sources.opening import open_sources
-from declip.data.sources.splits import split_holdout, take_fraction
+from declip.data.sources.splits import Without, connected, hold_out_groups, split_holdout, take_fraction
 
 __all__ = [
     "BrokenPair",
@@ -10,6 +10,9 @@ __all__ = [
     "Pair",
     "Source",
     "Subset",
+    "Without",
+    "connected",
+    "hold_out_groups",
     "joined",
     "open_sources",
     "split_holdout",

@@ -63,6 +63,56 @@ def split_holdout(source: Source, share: float, seed: int) -> tuple[Without, Sub
     return Without(source, held), Subset(source, held)
 
 
+def hold_out_groups(source: Source, share: float, seed: int, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Indices of a share of the pairs (at least one), rising; pairs of a group, and of equal keys, stay together.
+
+    groups: int64 [pairs], of each pair the first one of its group. Groups are drawn by a hash of their keys, so
+    that the split does not depend on the order of the pairs; one that is larger than what is still to be held out is
+    passed over. Raises InputError where nothing would be left to train on.
+    """
+    count = max(1, round(share * len(source)))
+    hashes = _hashes(source, f"holdout {seed}")
+    _, first, equal = np.unique(hashes, return_index=True, return_inverse=True)
+    own = np.arange(len(source))
+    groups = connected(len(source), np.concatenate([np.stack([own, groups], 1), np.stack([own, first[equal]], 1)]))
+    names, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    least = np.full(len(names), np.iinfo(np.uint64).max)
+    np.minimum.at(least, group, hashes)
+    # The least of many hashes is small: hashed again, a large group comes no sooner than a small one.
+    drawn = np.frombuffer(b"".join(hashlib.blake2b(one.tobytes(), digest_size=8).digest() for one in least), "<u8")
+    order = np.argsort(drawn, kind="stable")
+    chosen, left = [], count
+    for one in order.tolist():
+        if sizes[one] <= left:
+            chosen.append(one)
+            left -= int(sizes[one])
+    if not chosen:
+        chosen = [int(order[np.argmin(sizes[order])])]
+    held = np.flatnonzero(np.isin(group, chosen))
+    if len(held) == len(source):
+        raise InputError(
+            f"{source.name} has nothing to hold out: all {len(source)} pictures are copies of one another; give "
+            "data.validation or other pairs."
+        )
+    return held
+
+
+def connected(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of so many items the groups that `pairs` [n, 2] connect: int64 [count], the first item of each one's group."""
+    first = list(range(count))
+
+    def root(item: int) -> int:
+        while first[item] != item:
+            first[item] = first[first[item]]
+            item = first[item]
+        return item
+
+    for one, other in pairs.tolist():
+        low, high = sorted((root(one), root(other)))
+        first[high] = low
+    return np.array([root(item) for item in range(count)], np.int64)
+
+
 def _of_few_shards(shards: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
     """Indices of some pairs, rising, in a few random shards: all that has to be reached to judge them."""
     total = len(shards) - 1

@@ -1,0 +1,288 @@
+"""The rules of `declip finetune`: from what is known of the weights and the pairs to how they are tuned, and why.
+
+All numbers stand at the top; `choose` is a pure function of the facts. What a user says wins over every rule.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import ceil
+from typing import Any
+
+from declip.errors import InputError
+
+
+@dataclass(frozen=True)
+class Way:
+    """How towers are tuned.
+
+    tune: fields of both towers, as ``{"tune": "last", "tune_layers": 2}``
+    lr: of towers that start from weights; projection_lr: of projections that start at random (None: as their tower);
+    random_lr: of a tower that starts at random; start_decay, interpolate: back to the start; pool: of several captions
+    """
+
+    what: str
+    tune: Mapping[str, Any]
+    lr: float
+    layer_decay: float
+    projection_lr: float | None = None
+    random_lr: float = 1e-3
+    start_decay: float = 0.0
+    interpolate: bool = False
+    pool: str = "random"
+    embed_dim: int = 512
+    why: Mapping[str, str] = field(default_factory=dict)
+
+
+JOINT = Way(
+    what="a whole model",
+    tune={"tune": "all"},
+    lr=1e-5,
+    layer_decay=0.75,
+    start_decay=1.0,
+    interpolate=True,
+    why={
+        "tune": "image and text share a space already: small steps in all layers fit it to these pairs",
+        "lr": "low, so that what the model knows is bent and not broken",
+        "layer_decay": "lower layers see edges and word pieces, which these pairs change least",
+    },
+)
+APART = Way(
+    what="two towers",
+    tune={"tune": "all"},
+    lr=3e-4,
+    layer_decay=0.8,
+    projection_lr=1e-3,
+    pool="turn",
+    why={
+        "tune": "the towers have never met: their top layers have to move for a space that both share",
+        "lr": "for towers that have learnt already, a third of what the new projections get",
+        "layer_decay": "lower layers know pictures and words already",
+    },
+)
+
+LEAST_PAIRS = 20
+"""Pairs below which nothing can be learnt and judged."""
+BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of the training pairs
+EPOCHS, AT_PAIRS, POWER = 12, 6_000, 0.5  # epochs at so many pairs; fewer for more pairs, by this power of their ratio
+MOST_EPOCHS, LEAST_EPOCHS = 40, 1
+WEIGHT_DECAY = 0.1
+PATIENCE = 5  # held-out scores without a better one
+SCORES = (4, 20)  # fewest and most held-out scores of a run
+MIXTURES = 11  # that interpolation scores after the last step
+USED = 0.95  # of the time that the user gives: the last checkpoint and the model are written in the rest
+JUDGED = 0.25  # of that time at most for held-out scores
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was timed: a step of `batch_size` pairs, and a held-out score; in seconds."""
+
+    seconds_per_step: float
+    seconds_per_score: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at.
+
+    joint: both towers come from one model; random: the towers that start at random, of ``image`` and ``text``
+    embed_dim: width of the projections that come with the weights, None where there are none
+    pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
+    by_picture: whether they are few enough to be split by their pictures
+    captions: of an image, on average
+    said: what the user or the recipe says, by path; the rules say nothing of these
+    minutes, speed: time to train, and what a few steps took; None where time does not matter
+    """
+
+    joint: bool
+    pairs: int
+    held_out: int
+    captions: float = 1.0
+    splits: bool = True
+    by_picture: bool = True
+    random: tuple[str, ...] = ()
+    embed_dim: int | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+    minutes: float | None = None
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field of the recipe by its path, its value, and why."""
+
+    path: str
+    value: Any
+    reason: str
+
+    @property
+    def override(self) -> str:
+        """As `load_recipe` takes it."""
+        return override(self.path, self.value)
+
+
+Plan = list[Choice]
+
+
+def override(path: str, value: Any) -> str:
+    """``path=value``, the value in TOML's words."""
+    return f"{path}={'none' if value is None else json.dumps(value, ensure_ascii=False)}"
+
+
+def choose(facts: Facts) -> Plan:
+    """What the recipe shall say, in the order of a table; nothing of what `facts.said` says already.
+
+    Raises InputError where there are too few pairs, or too little time for a single step.
+    """
+    check_enough(facts.pairs + (facts.held_out if facts.splits else 0))
+    way = JOINT if facts.joint else APART
+    plan = [*_of_pairs(facts), *_of_towers(facts, way), *_of_rates(facts, way), *_of_length(facts, way)]
+    return [choice for choice in plan if not _is_said(choice.path, facts.said)]
+
+
+def check_enough(pairs: int) -> None:
+    """Raises InputError where there are too few pairs to learn from and to judge by."""
+    if pairs < LEAST_PAIRS:
+        raise InputError(
+            f"There are {pairs} pairs, too few to learn from and to judge by: fine-tuning needs {LEAST_PAIRS} at "
+            "least, and some hundreds to be of use."
+        )
+
+
+def epochs_for(pairs: int) -> float:
+    """Passes over so many training pairs: 12 at 6,000, more over fewer and fewer over more, by the root of the ratio.
+
+    A short run over few pairs is too few steps, a long one learns them by heart.
+    """
+    found: float = EPOCHS * (AT_PAIRS / pairs) ** POWER
+    return min(MOST_EPOCHS, max(LEAST_EPOCHS, round(found) if found >= 3 else round(found, 1)))
+
+
+def batch_for(pairs: int) -> int:
+    """Pairs of a step."""
+    return max(2, min(BATCH, pairs // BATCH_SHARE))
+
+
+def _is_said(path: str, said: Mapping[str, Any]) -> bool:
+    """Whether the user says it: by its path or by that of a section around it."""
+    parts = path.split(".")
+    return any(".".join(parts[:length]) in said for length in range(1, len(parts) + 1))
+
+
+def _of_pairs(facts: Facts) -> Iterator[Choice]:
+    if not facts.splits:
+        return
+    if facts.by_picture:
+        yield Choice("data.holdout_by", "picture", "copies stay on one side: no picture is judged that was trained on")
+    else:
+        yield Choice("data.holdout_by", "key", "too many pairs to look at every picture: copies may be on both sides")
+
+
+def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
+    yield Choice(
+        "terms.contrastive.weight", 1.0, "picture against caption alone: what the towers see they know already"
+    )
+    for tower in ("image", "text"):
+        if tower in facts.random:
+            continue
+        for name, value in way.tune.items():
+            yield Choice(f"model.{tower}.{name}", value, way.why["tune"])
+    if not facts.joint:
+        own = facts.embed_dim is not None
+        why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
+        yield Choice("model.embed_dim", facts.embed_dim or way.embed_dim, why)
+    if facts.captions > 1:
+        several = f"{facts.captions:.1f} captions an image: "
+        turn = several + ("each is seen equally often" if way.pool == "turn" else "one is drawn each time")
+        yield Choice("data.text.pool", way.pool, turn)
+
+
+def _of_rates(facts: Facts, way: Way) -> Iterator[Choice]:
+    yield Choice("optimizer.lr", way.lr, way.why["lr"])
+    if way.projection_lr is not None:
+        yield Choice("optimizer.projection_lr", way.projection_lr, "both projections start at random")
+    for tower in facts.random:
+        yield Choice(f"optimizer.{tower}_lr", way.random_lr, f"the {tower} tower starts at random")
+    if not facts.random:  # a tower that starts at random has to learn in its lowest layers too
+        yield Choice("optimizer.layer_decay", way.layer_decay, way.why["layer_decay"])
+    yield Choice("optimizer.lr_batch", BATCH, f"rates are for {BATCH} pairs a step, and lowered for fewer")
+    yield Choice("optimizer.weight_decay", WEIGHT_DECAY, "few pairs are learnt by heart without")
+    if _goes_back(facts) and way.start_decay:
+        yield Choice(
+            "optimizer.start_decay", way.start_decay, "what these pairs do not ask for stays as it was (L2-SP)"
+        )
+    if _mixes(facts, way):
+        yield Choice(
+            "evaluation.interpolate",
+            True,
+            "start and end are mixed as does best on the held-out pairs, so that less is forgotten (WiSE-FT)",
+        )
+
+
+def _goes_back(facts: Facts) -> bool:
+    """Whether a run may come back to its start."""
+    return not facts.said.get("engine.shard")
+
+
+def _mixes(facts: Facts, way: Way) -> bool:
+    adapted = "lora" in (facts.said.get("model.image.tune"), facts.said.get("model.text.tune"), way.tune["tune"])
+    return way.interpolate and _goes_back(facts) and facts.held_out > 0 and not adapted
+
+
+def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
+    batch = batch_for(facts.pairs)
+    why = f"fewer than {BATCH}, so that an epoch has {BATCH_SHARE} steps at least"
+    yield Choice("schedule.batch_size", batch, "as many pairs to tell apart as usual" if batch == BATCH else why)
+    epochs = _said_epochs(facts) or epochs_for(facts.pairs)
+    why = f"for {facts.pairs:,} pairs"
+    scores = _between(SCORES, ceil(epochs)) if facts.held_out else 0
+    timed = facts.minutes is not None and facts.speed is not None
+    if timed and not _said_epochs(facts):
+        within, scores = _within(facts, way, scores)
+        if within < epochs:
+            why += f" it would be {epochs:g}, but --minutes {facts.minutes:g} allow so many"
+            epochs = within
+    if "schedule.pairs_seen" not in facts.said:
+        yield Choice("schedule.epochs", epochs, why)
+    if not facts.held_out:
+        return
+    yield Choice(
+        "evaluation.every",
+        round(1 / max(1, scores), 4),
+        "one held-out score" if scores == 1 else f"{scores} held-out scores in the run",
+    )
+    if scores > PATIENCE:
+        yield Choice("evaluation.patience", PATIENCE, f"stop after {PATIENCE} scores without a better one")
+
+
+def _said_epochs(facts: Facts) -> float | None:
+    """Passes that the user asks for; None where nothing is said."""
+    if seen := facts.said.get("schedule.pairs_seen"):
+        return float(seen / facts.pairs)
+    said: float | None = facts.said.get("schedule.epochs")
+    return said
+
+
+def _between(bounds: tuple[int, int], value: int) -> int:
+    return min(bounds[1], max(bounds[0], value))
+
+
+def _within(facts: Facts, way: Way, scores: int) -> tuple[float, int]:
+    """Epochs, and held-out scores of `scores` at most, for which the user's minutes are enough."""
+    assert facts.minutes is not None
+    assert facts.speed is not None
+    speed, seconds = facts.speed, USED * 60 * facts.minutes
+    mixtures = MIXTURES if facts.said.get("evaluation.interpolate", _mixes(facts, way)) else 0
+    if scores and speed.seconds_per_score:
+        scores = max(1, min(scores, int(JUDGED * seconds / speed.seconds_per_score) - mixtures))
+    steps = int((seconds - (scores + mixtures * bool(scores)) * speed.seconds_per_score) / speed.seconds_per_step)
+    if steps < 1:
+        raise InputError(
+            f"--minutes {facts.minutes:g} leaves no time to train: a step takes {speed.seconds_per_step:.2g} s and a "
+            f"held-out score {speed.seconds_per_score:.2g} s; give more, or leave it out."
+        )
+    return float(f"{steps * speed.batch_size / facts.pairs:.3g}"), scores

@@ -1,0 +1,116 @@
+"""The rules of `declip finetune`: a pure function of the facts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from declip.errors import InputError
+from declip.recipe import load_recipe
+from declip.training.finetuning import Choice, Facts, Plan, Speed, batch_for, choose, epochs_for, override
+
+JOINT = Facts(joint=True, pairs=5400, held_out=600, captions=5.0)
+APART = replace(JOINT, joint=False)
+
+
+def said(plan: Plan) -> dict[str, Any]:
+    return {choice.path: choice.value for choice in plan}
+
+
+def test_every_choice_is_a_field_with_a_reason() -> None:
+    starts = {True: ["model.init=x"], False: ["model.image.init=x", "model.text.init=y"]}
+    for facts in (JOINT, APART, replace(APART, random=("text",)), replace(JOINT, held_out=0, splits=False)):
+        plan = choose(facts)
+        load_recipe("clip", [*(choice.override for choice in plan), *starts[facts.joint]])
+        assert all(choice.reason for choice in plan)
+        assert len(said(plan)) == len(plan)
+        assert plan == choose(facts)
+
+
+def test_a_whole_model_is_bent_and_two_towers_are_joined() -> None:
+    joint, apart = said(choose(JOINT)), said(choose(APART))
+    assert joint["optimizer.lr"] < apart["optimizer.lr"] < apart["optimizer.projection_lr"]
+    assert joint["evaluation.interpolate"] is True
+    assert joint["optimizer.start_decay"] > 0
+    assert "optimizer.projection_lr" not in joint
+    assert not {"evaluation.interpolate", "optimizer.start_decay"} & apart.keys()
+    assert (apart["model.embed_dim"], apart["data.text.pool"]) == (512, "turn")
+    assert said(choose(replace(APART, embed_dim=768)))["model.embed_dim"] == 768
+    assert "data.text.pool" not in said(choose(replace(APART, captions=1.0)))
+
+
+def test_a_tower_that_starts_at_random_learns_fast() -> None:
+    found = said(choose(replace(APART, random=("text",))))
+    assert found["optimizer.text_lr"] > found["optimizer.lr"]
+    assert "model.text.tune" not in found
+    assert "optimizer.layer_decay" not in found
+
+
+def test_length_and_batch_follow_the_number_of_pairs() -> None:
+    assert epochs_for(6000) == 12
+    assert [epochs_for(n) for n in (20, 1500, 24_000, 10**7)] == [40, 24, 6, 1]
+    assert [batch_for(n) for n in (10, 18, 100, 2048, 10**6)] == [2, 2, 12, 256, 256]
+    few = said(choose(replace(JOINT, pairs=90, held_out=10)))
+    assert few["schedule.batch_size"] == 11
+    assert few["evaluation.every"] == 0.05
+
+
+def test_what_the_user_says_wins() -> None:
+    own = {"optimizer.lr": 1e-3, "schedule.epochs": 2, "data.text": {}}
+    found = said(choose(replace(APART, said=own)))
+    assert not {"optimizer.lr", "schedule.epochs", "data.text.pool"} & found.keys()
+    assert found["evaluation.every"] == 0.25  # of two epochs, not of the rule's own
+    assert said(choose(replace(APART, said={"schedule.pairs_seen": 54_000})))["evaluation.every"] == 0.1
+
+
+@pytest.mark.parametrize("own", [{"model.text.tune": "lora"}, {"engine.shard": True}])
+def test_what_does_not_go_with_the_users_choice_is_left_out(own: dict[str, Any]) -> None:
+    found = choose(replace(JOINT, said=own))
+    assert "evaluation.interpolate" not in said(found)
+    given = [override(path, value) for path, value in own.items()]
+    load_recipe("clip", [*(choice.override for choice in found), *given, "model.init=x"])
+
+
+def test_without_held_out_pairs_nothing_is_chosen_by_them() -> None:
+    found = said(choose(replace(JOINT, held_out=0, splits=False)))
+    assert not {name for name in found if name.startswith("evaluation.") or name == "data.holdout_by"}
+    assert said(choose(replace(JOINT, splits=False))).keys() >= {"evaluation.every", "evaluation.interpolate"}
+
+
+def test_copies_are_looked_for_where_that_is_possible() -> None:
+    assert said(choose(JOINT))["data.holdout_by"] == "picture"
+    plan = choose(replace(JOINT, by_picture=False))
+    assert next(choice for choice in plan if choice.path == "data.holdout_by").reason.startswith("too many pairs")
+    assert said(plan)["data.holdout_by"] == "key"
+
+
+def test_minutes_shorten_the_run_and_never_make_it_longer() -> None:
+    slow = replace(JOINT, minutes=10.0, speed=Speed(3.0, 2.0, 256))
+    found = choose(slow)
+    epochs, scores = said(found)["schedule.epochs"], round(1 / said(found)["evaluation.every"])
+    assert epochs < epochs_for(5400)
+    steps = epochs * 5400 / 256
+    assert 0.9 * 600 < steps * 3.0 + (scores + 11) * 2.0 < 600  # eleven mixtures
+    assert "--minutes 10" in next(choice for choice in found if choice.path == "schedule.epochs").reason
+    fast = replace(JOINT, minutes=10.0, speed=Speed(0.001, 0.01, 256))
+    assert said(choose(fast)) == said(choose(JOINT))
+    costly = replace(APART, minutes=10.0, speed=Speed(1.0, 60.0, 256))
+    assert said(choose(costly))["evaluation.every"] == 0.5
+    with pytest.raises(InputError, match=r"--minutes 0\.01 leaves no time to train: a step takes 3 s"):
+        choose(replace(slow, minutes=0.01))
+
+
+def test_too_few_pairs_are_said() -> None:
+    with pytest.raises(InputError, match=r"There are 19 pairs, too few .* needs 20 at least"):
+        choose(replace(JOINT, pairs=17, held_out=2))
+    choose(replace(JOINT, pairs=18, held_out=2))
+
+
+def test_overrides_are_toml() -> None:
+    for value in ("a 'b' \"c\" ä\n", ["x", "y"], True, 1e-5, 3, None):
+        changed = load_recipe("clip", [override("about", value)]).about if isinstance(value, str) else value
+        assert changed == value
+    assert Choice("optimizer.lr", 1e-5, "").override == "optimizer.lr=1e-05"
+    assert load_recipe("clip", [override("data.train", ["x's", "y"])]).data.train == ["x's", "y"]
