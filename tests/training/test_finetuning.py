@@ -41,6 +41,17 @@ def test_a_whole_model_is_bent_and_two_towers_are_joined() -> None:
     assert "data.text.pool" not in said(choose(replace(APART, captions=1.0)))
 
 
+def test_on_few_pairs_the_last_layers_of_two_towers_learn() -> None:
+    known = replace(APART, layers={"image": 16, "text": 6})
+    found = said(choose(known))
+    assert (found["model.image.tune"], found["model.image.tune_layers"]) == ("last", 5)
+    assert (found["model.text.tune"], found["model.text.tune_layers"]) == ("last", 3)
+    for all_learn in (replace(known, layers={}), replace(known, pairs=10**6), replace(known, joint=True)):
+        found = said(choose(all_learn))
+        assert found["model.image.tune"] == "all"
+        assert "model.image.tune_layers" not in found
+
+
 def test_a_tower_that_starts_at_random_learns_fast() -> None:
     found = said(choose(replace(APART, random=("text",))))
     assert found["optimizer.text_lr"] > found["optimizer.lr"]
@@ -92,13 +103,15 @@ def test_minutes_shorten_the_run_and_never_make_it_longer() -> None:
     epochs, scores = said(found)["schedule.epochs"], round(1 / said(found)["evaluation.every"])
     assert epochs < epochs_for(5400)
     steps = epochs * 5400 / 256
-    assert 0.9 * 600 < steps * 3.0 + (scores + 11) * 2.0 < 600  # eleven mixtures
+    assert 0.9 * 600 < steps * 3.0 + (scores + 11 + 4) * 2.0 < 600  # eleven mixtures, and judging after
+    late = said(choose(replace(slow, spent=300.0)))["schedule.epochs"]
+    assert epochs - late == pytest.approx(100 * 256 / 5400, rel=0.02)
     assert "--minutes 10" in next(choice for choice in found if choice.path == "schedule.epochs").reason
     fast = replace(JOINT, minutes=10.0, speed=Speed(0.001, 0.01, 256))
     assert said(choose(fast)) == said(choose(JOINT))
     costly = replace(APART, minutes=10.0, speed=Speed(1.0, 60.0, 256))
-    assert said(choose(costly))["evaluation.every"] == 0.5
-    with pytest.raises(InputError, match=r"--minutes 0\.01 leaves no time to train: a step takes 3 s"):
+    assert said(choose(costly))["evaluation.every"] == 1.0
+    with pytest.raises(InputError, match=r"--minutes 0\.01 leaves no time to train: 0 s are gone, a step takes 3 s"):
         choose(replace(slow, minutes=0.01))
 
 

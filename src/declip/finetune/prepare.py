@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ from declip.files import check_unused
 from declip.finetune.look import Look, look
 from declip.finetune.start import INITS, Start, read_name
 from declip.model.dual_encoder import DualEncoder
+from declip.model.layers import blocks_of
+from declip.model.parts import Part
 from declip.model.start import first_weights, read_start
 from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
 from declip.training.estimate import estimate
 from declip.training.finetuning import Facts, Plan, Speed, check_enough, choose, override
+from declip.training.loop import fill_cache
 from declip.training.pairs import check_batch, groups_of_pictures, open_pairs
 
 NOTES = "finetune.json"
@@ -42,6 +47,7 @@ class Asked:
     general: Sequence[str] = ()
     root: Path = Path(".")
     resume: bool = False
+    began: float = field(default_factory=time.perf_counter)
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,8 @@ def _planned(
     recipe = _recipe(start, plan, own)
     check_batch(recipe, train)
     if asked.minutes:
-        plan = choose(replace(facts, speed=_speed(recipe)))
+        speed = _speed(recipe, progress)
+        plan = choose(replace(facts, speed=speed, spent=time.perf_counter() - asked.began))
         recipe = _recipe(start, plan, own)
     rows = [asdict(choice) for choice in plan]
     rows += [
@@ -148,12 +155,24 @@ def _facts_of_weights(bare: Recipe, source: Source, groups: Any, progress: Progr
         held_out=0,
         captions=found.captions,
         random=tuple(part for part, tower in towers.items() if tower is None),
+        layers=_layers(model),
         embed_dim=recipe.model.embed_dim if projected else None,
     )
     return facts, found
 
 
-def _speed(recipe: Recipe) -> Speed:
+def _layers(model: DualEncoder) -> dict[str, int]:
+    """Of each tower of which they are known."""
+    found: dict[str, int] = {}
+    parts: tuple[Part, Part] = ("image", "text")
+    for part in parts:
+        with contextlib.suppress(InputError):
+            found[part] = len(blocks_of(model.clip, part))
+    return found
+
+
+def _speed(recipe: Recipe, progress: Progress | None) -> Speed:
+    fill_cache(recipe, progress)  # which may take longer than all steps
     found = estimate(recipe)
     gc.collect()  # the model that was timed
     return Speed(found["seconds_per_step"], found["seconds_per_score"], found["batch_size"])

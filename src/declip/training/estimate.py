@@ -16,6 +16,7 @@ from declip.errors import Diverged, InputError
 from declip.recipe import Recipe
 from declip.training.distributed import joined_ranks, one_voice
 from declip.training.interrupts import Interrupts
+from declip.training.locked import kept_parts
 from declip.training.logging import NoLog, most_resident_bytes
 from declip.training.loop import batch_maker, go, make_step, set_up
 from declip.training.run import Run
@@ -63,6 +64,8 @@ def estimate(recipe: Recipe, price: float | None = None) -> dict[str, Any]:
     with joined_ranks(recipe) as ranks:
         with one_voice(ranks):
             run = set_up(recipe.model_copy(update={"evaluation": once}), None, False, ranks)
+        if kept_parts(recipe):
+            run.score()  # the first takes longer than all others: what rests is asked then
         steps, run.steps = run.steps, WARM_UP + TIMED
         loader = _loader_seconds(run)
         before = _start_of_memory(run.device)

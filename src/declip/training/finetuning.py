@@ -18,16 +18,19 @@ from declip.errors import InputError
 class Way:
     """How towers are tuned.
 
-    tune: fields of both towers, as ``{"tune": "last", "tune_layers": 2}``
-    lr: of towers that start from weights; projection_lr: of projections that start at random (None: as their tower);
-    random_lr: of a tower that starts at random; start_decay, interpolate: back to the start; pool: of several captions
+    last: which share of a tower's layers learns, on few pairs; None: all learn, as do all on many pairs
+    lr: of towers that start from weights; image_lr: of the image tower, where another; projection_lr: of projections
+    that start at random (None: as their tower); random_lr: of a tower that starts at random
+    start_decay, interpolate: back to the start; pool: of several captions
     """
 
     what: str
-    tune: Mapping[str, Any]
     lr: float
     layer_decay: float
+    last: Mapping[str, float] | None = None
+    image_lr: float | None = None
     projection_lr: float | None = None
+    crop_scale: tuple[float, float] | None = None
     random_lr: float = 1e-3
     start_decay: float = 0.0
     interpolate: bool = False
@@ -38,7 +41,6 @@ class Way:
 
 JOINT = Way(
     what="a whole model",
-    tune={"tune": "all"},
     lr=1e-5,
     layer_decay=0.75,
     start_decay=1.0,
@@ -51,18 +53,25 @@ JOINT = Way(
 )
 APART = Way(
     what="two towers",
-    tune={"tune": "all"},
     lr=3e-4,
     layer_decay=0.8,
+    last={"image": 1 / 3, "text": 1 / 2},
+    image_lr=6e-4,
     projection_lr=1e-3,
+    crop_scale=(0.5, 1.0),
     pool="turn",
     why={
         "tune": "the towers have never met: their top layers have to move for a space that both share",
+        "last": "the top has to move for a space that both share; what the rest gives is computed once and kept",
         "lr": "for towers that have learnt already, a third of what the new projections get",
+        "image_lr": "pictures are further from captions than captions are",
+        "crop_scale": "a smaller crop often lacks what the caption says",
         "layer_decay": "lower layers know pictures and words already",
     },
 )
 
+FEW = 50_000
+"""Training pairs up to which only the last layers of two towers learn."""
 LEAST_PAIRS = 20
 """Pairs below which nothing can be learnt and judged."""
 BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of the training pairs
@@ -72,7 +81,8 @@ WEIGHT_DECAY = 0.1
 PATIENCE = 5  # held-out scores without a better one
 SCORES = (4, 20)  # fewest and most held-out scores of a run
 MIXTURES = 11  # that interpolation scores after the last step
-USED = 0.95  # of the time that the user gives: the last checkpoint and the model are written in the rest
+USED = 0.95  # of the time that the user gives: the last checkpoint and the report are written in the rest
+AFTER = 4  # held-out scores' time that judging the finished model takes, in float32 and anew
 JUDGED = 0.25  # of that time at most for held-out scores
 
 
@@ -90,12 +100,14 @@ class Facts:
     """What the rules look at.
 
     joint: both towers come from one model; random: the towers that start at random, of ``image`` and ``text``
+    layers: of each tower, where they are known
     embed_dim: width of the projections that come with the weights, None where there are none
     pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
     by_picture: whether they are few enough to be split by their pictures
     captions: of an image, on average
     said: what the user or the recipe says, by path; the rules say nothing of these
-    minutes, speed: time to train, and what a few steps took; None where time does not matter
+    minutes, speed: for all, and what a few steps took; None where time does not matter
+    spent: seconds that are gone already
     """
 
     joint: bool
@@ -105,10 +117,12 @@ class Facts:
     splits: bool = True
     by_picture: bool = True
     random: tuple[str, ...] = ()
+    layers: Mapping[str, int] = field(default_factory=dict)
     embed_dim: int | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
     minutes: float | None = None
     speed: Speed | None = None
+    spent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -189,12 +203,19 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
     for tower in ("image", "text"):
         if tower in facts.random:
             continue
-        for name, value in way.tune.items():
-            yield Choice(f"model.{tower}.{name}", value, way.why["tune"])
+        layers = facts.layers.get(tower, 0)
+        if way.last is None or layers < 2 or facts.pairs > FEW:
+            yield Choice(f"model.{tower}.tune", "all", way.why["tune"])
+            continue
+        yield Choice(f"model.{tower}.tune", "last", way.why["last"])
+        count = max(1, round(way.last[tower] * layers))
+        yield Choice(f"model.{tower}.tune_layers", count, f"of {layers}")
     if not facts.joint:
         own = facts.embed_dim is not None
         why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
         yield Choice("model.embed_dim", facts.embed_dim or way.embed_dim, why)
+    if way.crop_scale is not None:
+        yield Choice("data.images.crop_scale", way.crop_scale, way.why["crop_scale"])
     if facts.captions > 1:
         several = f"{facts.captions:.1f} captions an image: "
         turn = several + ("each is seen equally often" if way.pool == "turn" else "one is drawn each time")
@@ -205,6 +226,8 @@ def _of_rates(facts: Facts, way: Way) -> Iterator[Choice]:
     yield Choice("optimizer.lr", way.lr, way.why["lr"])
     if way.projection_lr is not None:
         yield Choice("optimizer.projection_lr", way.projection_lr, "both projections start at random")
+    if way.image_lr is not None and "image" not in facts.random:
+        yield Choice("optimizer.image_lr", way.image_lr, way.why["image_lr"])
     for tower in facts.random:
         yield Choice(f"optimizer.{tower}_lr", way.random_lr, f"the {tower} tower starts at random")
     if not facts.random:  # a tower that starts at random has to learn in its lowest layers too
@@ -229,7 +252,7 @@ def _goes_back(facts: Facts) -> bool:
 
 
 def _mixes(facts: Facts, way: Way) -> bool:
-    adapted = "lora" in (facts.said.get("model.image.tune"), facts.said.get("model.text.tune"), way.tune["tune"])
+    adapted = "lora" in (facts.said.get("model.image.tune"), facts.said.get("model.text.tune"))
     return way.interpolate and _goes_back(facts) and facts.held_out > 0 and not adapted
 
 
@@ -275,14 +298,16 @@ def _within(facts: Facts, way: Way, scores: int) -> tuple[float, int]:
     """Epochs, and held-out scores of `scores` at most, for which the user's minutes are enough."""
     assert facts.minutes is not None
     assert facts.speed is not None
-    speed, seconds = facts.speed, USED * 60 * facts.minutes
+    speed = facts.speed
+    seconds = USED * 60 * facts.minutes - facts.spent - AFTER * speed.seconds_per_score
     mixtures = MIXTURES if facts.said.get("evaluation.interpolate", _mixes(facts, way)) else 0
     if scores and speed.seconds_per_score:
         scores = max(1, min(scores, int(JUDGED * seconds / speed.seconds_per_score) - mixtures))
     steps = int((seconds - (scores + mixtures * bool(scores)) * speed.seconds_per_score) / speed.seconds_per_step)
     if steps < 1:
         raise InputError(
-            f"--minutes {facts.minutes:g} leaves no time to train: a step takes {speed.seconds_per_step:.2g} s and a "
-            f"held-out score {speed.seconds_per_score:.2g} s; give more, or leave it out."
+            f"--minutes {facts.minutes:g} leaves no time to train: {facts.spent:.0f} s are gone, a step takes "
+            f"{speed.seconds_per_step:.2g} s and a held-out score {speed.seconds_per_score:.2g} s; give more, or leave "
+            "it out."
         )
     return float(f"{steps * speed.batch_size / facts.pairs:.3g}"), scores

@@ -137,7 +137,7 @@ class Run:
 
     def judge(self, log: RunLog, loss: float) -> bool:
         """Score the held-out pairs, whether they are the best so far, and warn where the run has begun to overfit."""
-        metrics = broadcast(self._score(), self.ranks)
+        metrics = broadcast(self.score(), self.ranks)
         if metrics is None:
             return False
         if not math.isfinite(metrics["score"]):
@@ -160,7 +160,7 @@ class Run:
             )
         return False
 
-    def _score(self) -> dict[str, float] | None:
+    def score(self) -> dict[str, float] | None:
         """The held-out pairs' metrics, on rank 0 alone."""
         model, token_wise = self.model, self.token_wise
         if self.whole_copy is not None:
