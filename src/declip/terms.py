@@ -121,6 +121,7 @@ class Distillation(Section):
 
     weight: float = Field(1.0, ge=0, description="weight in the loss")
     teacher: str = Field(
+        "start",
         description="who teaches: whatever declip evaluate opens; a file of embeddings (.npz, .safetensors) with "
         "images, a row a pair, and maybe texts, a row a caption, those of a pair one after the other; or start, the "
         "towers as they started, whose pooled features are then held near what they were",
