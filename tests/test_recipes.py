@@ -30,6 +30,13 @@ def name(method: str, tower: str) -> str:
     return f"{method}-{tower}" if tower else method
 
 
+def test_what_of_a_tower_learns_is_not_the_weights_to_say() -> None:
+    start = ["model.image.init=weights.safetensors", "model.image.timm_model_name=resnet50"]
+    image = load_recipe("efficientnet-lite0-minilm", start).model.image
+    assert (image.tune, image.tune_layers) == ("last", 5)
+    assert image.image_size == load_recipe("clip", start).model.image.image_size
+
+
 def test_every_method_has_every_tower() -> None:
     expected = {name(method, tower) for method in METHODS for tower in (*SMALL, *PUBLISHED)}
     assert set(shipped()) == expected | {"declip-88m", "declip-88m-rn50", "efficientnet-lite0-minilm"}

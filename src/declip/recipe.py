@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from declip.architecture import Model
+from declip.architecture import OURS, Model
 from declip.errors import InputError
 from declip.optimization import Optimizer, Schedule
 from declip.pairs import Data
@@ -211,7 +211,10 @@ def _leave_to_weights(values: dict[str, Any], changes: dict[str, Any]) -> None:
     whole = model.get("init") is not None
     parts = [part for part in ("image", "text") if whole or _starts(model.get(part))]
     of_both = ["name", "quick_gelu", "custom_text", "embed_dim"] if parts else []
-    for name in [*parts, *of_both, *(["normalization"] if "image" in parts else [])]:
+    for part in parts:
+        tower = own.get(part)
+        own[part] = {name: tower[name] for name in OURS & tower.keys()} if isinstance(tower, dict) else {}
+    for name in [*of_both, *(["normalization"] if "image" in parts else [])]:
         own.pop(name, None)
 
 
