@@ -3,6 +3,7 @@
     python benchmarks/pretrained.py --parts ten-minutes --check     # Flickr8k, hours for all parts and three seeds
     python benchmarks/pretrained.py --parts caching --check         # a step with and without what is kept
     python benchmarks/pretrained.py --seeds 1 --parts small emoji   # 500, 1,000, 2,000 pairs; emoji at 64 px
+    python benchmarks/pretrained.py --seeds 1 --parts ways rates    # what the rules of docs/finetuning.md rest on
 
 Towers: EfficientNet-Lite0 (--weights) and MiniLM (--text, a Hugging Face folder). Flickr8k: train, judged on dev; what
 `declip finetune` chooses, it chooses on pairs of train that it holds out. The peer is open_clip's recipe: both towers
@@ -45,11 +46,14 @@ class Cell:
     minutes: float
     fraction: float = 1.0
     seed: int = 0
+    changes: tuple[str, ...] = ()  # of what the rules choose
+    held_out: bool = False  # judged on the pairs of train that finetune holds out
 
     @property
     def name(self) -> str:
         judged_on = Path(self.data[1]).stem.replace(":", "-")
-        return f"{self.who}-{judged_on}-{self.fraction:.4f}-{self.minutes:g}min-{self.seed}"
+        changes = "".join(f"-{change.replace('/', '_')}" for change in self.changes)
+        return f"{self.who}{changes}-{judged_on}-{self.fraction:.4f}-{self.minutes:g}min-{self.seed}"
 
 
 def cells(part: str, seeds: int) -> list[Cell]:
@@ -64,9 +68,31 @@ def cells(part: str, seeds: int) -> list[Cell]:
             found += [Cell("declip", FLICKR, 60, seed=seed), Cell("peer", FLICKR, 60, seed=seed)]
         elif part == "small":
             found += [Cell(who, FLICKR, 3, n / 6000, seed) for n in (500, 1000, 2000) for who in ("declip", "peer")]
+        elif part in STUDIES:
+            found += [Cell("declip", FLICKR, 6, seed=seed, changes=changes, held_out=True) for changes in STUDIES[part]]
         elif part == "emoji":
             found += [Cell("declip", EMOJI, 5, seed=seed), Cell("peer", EMOJI, 5, seed=seed)]
     return found
+
+
+STUDIES: dict[str, list[tuple[str, ...]]] = {
+    "ways": [
+        ("model.image.tune=projection", "model.text.tune=projection"),
+        ("model.image.tune=projection",),
+        (),
+        ("model.image.tune=all", "model.text.tune=all"),
+    ],
+    "rates": [
+        ("optimizer.image_lr=3e-4",),
+        ("optimizer.image_lr=1e-3", "optimizer.lr=5e-4"),
+        ("optimizer.layer_decay=1.0",),
+        ("data.images.crop_scale=[0.9,1.0]",),
+        ("schedule.batch_size=128",),
+        ("optimizer.kind=muon", "optimizer.lr=1e-3", "optimizer.image_lr=2e-3", "optimizer.projection_lr=4e-3"),
+        ("terms.nearest_neighbour.weight=0.2",),
+    ],
+}
+"""What is changed of the rules' choices; judged on the tenth of train that finetune holds out, never on dev."""
 
 
 class Bench:
@@ -94,7 +120,8 @@ class Bench:
         began = time.perf_counter()
         if cell.who == "declip":
             towers = f"{self.weights}+{self.text}"
-            self.declip("finetune", towers, *sources, *common, "--minutes", f"{cell.minutes:g}", "--out", str(out))
+            minutes = ["--minutes", f"{cell.minutes:g}"]
+            told = self.declip("finetune", towers, *sources, *common, *cell.changes, *minutes, "--out", str(out))
         else:
             started = [f"model.image.init={self.weights}", f"model.text.init={self.text}", *common, *PEER]
             given = [f"data.train={sources!r}", f"data.validation={[test]!r}", *started]
@@ -106,6 +133,9 @@ class Bench:
         seconds = time.perf_counter() - began
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         curve = [[row["pairs"], row["held_out"]["score"]] for row in rows if "held_out" in row]
+        if cell.held_out:
+            figures = {name: told["results"][0]["after"][name] for name in RECALLS}
+            return {**figures, "seconds": seconds, "curve": curve}
         figures = self.recalls(self.declip("evaluate", str(out), test, "--task", "retrieval"))
         last = next(row["held_out"] for row in reversed(rows) if "held_out" in row)
         if cell.who == "peer":  # which has no held-out pairs to choose by: the last weights count
