@@ -114,8 +114,8 @@ class Bench:
         out, cache = self.work / cell.name, self.work / "cache"
         for folder in (out, cache):  # every cell computes its features itself
             shutil.rmtree(folder, ignore_errors=True)
-        train, test, size = (part.format(shared=self.shared) if isinstance(part, str) else part for part in cell.data)
-        sources = [spec.format(shared=self.shared) for spec in train]
+        sources = [spec.format(shared=self.shared) for spec in cell.data[0]]
+        test, size = cell.data[1].format(shared=self.shared), cell.data[2]
         common = [*self.towers(size), f"data.fraction={cell.fraction}", f"seed={cell.seed}"]
         began = time.perf_counter()
         if cell.who == "declip":
