@@ -264,9 +264,13 @@ def test_a_tower_without_a_projection(tiny: MakeRecipe, tmp_path: Path) -> None:
     declip.train(tiny("clip", timm, "model.image.tune=nothing", "schedule.pairs_seen=16"), tmp_path / "lit", quiet=True)
 
 
+BOTH_WAYS = ["model.custom_text=true", "model.text.no_causal_mask=true", "model.text.pool_type=last"]
+
+
+@pytest.mark.parametrize("text", [[], BOTH_WAYS])
 @pytest.mark.parametrize("image", ["model.image.layers=2", RESNET, TIMM, VIT])
-def test_the_last_layers_go_on_from_what_is_kept(image: str, tiny: MakeRecipe, tmp_path: Path) -> None:
-    recipe = tiny("clip", image, *TWO_LAYERS, *LAST, "model.image.views_kept=3", "optimizer.lr=0.01")
+def test_the_last_layers_go_on_from_what_is_kept(image: str, text: list[str], tiny: MakeRecipe, tmp_path: Path) -> None:
+    recipe = tiny("clip", image, *text, *TWO_LAYERS, *LAST, "model.image.views_kept=3", "optimizer.lr=0.01")
     run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
     model = run.model.train()
     kept = batch_maker(run).make(0)
