@@ -274,7 +274,8 @@ def test_the_last_layers_go_on_from_what_is_kept(image: str, text: list[str], ti
     run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
     model = run.model.train()
     kept = batch_maker(run).make(0)
-    drawn = BatchMaker(run.images, recipe, model.image_size, model.context_length, model.tokenizer).make(0)
+    towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
+    drawn = BatchMaker(run.images, recipe, *towers).make(0)
     assert kept.kept_images is not None
     assert kept.kept_texts is not None
     assert kept.images.numel() == 0
