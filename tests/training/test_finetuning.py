@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from declip.errors import InputError
+from declip.finetune.look import sides_named
 from declip.recipe import load_recipe
 from declip.training.finetuning import Choice, Facts, Plan, Speed, batch_for, choose, epochs_for, override
 
@@ -50,6 +51,16 @@ def test_on_few_pairs_the_last_layers_of_two_towers_learn() -> None:
         found = said(choose(all_learn))
         assert found["model.image.tune"] == "all"
         assert "model.image.tune_layers" not in found
+
+
+def test_pictures_are_mirrored_where_captions_name_no_sides() -> None:
+    assert "data.images.flip" not in said(choose(APART))
+    assert said(choose(replace(APART, sides=0.004)))["data.images.flip"] == 0.5
+    assert said(choose(replace(APART, sides=0.02)))["data.images.flip"] == 0.0
+    assert sides_named(["a dog on the left", "a cat"] * 5) == 0.5
+    assert sides_named(["Brightness of a copyright"]) == 0.0
+    assert sides_named(["ein Hund links im Bild", "eine Katze"]) is None
+    assert sides_named([]) is None
 
 
 def test_a_tower_that_starts_at_random_learns_fast() -> None:

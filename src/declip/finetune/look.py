@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from declip.errors import InputError
 from declip.progress import Progress
 from declip.training.pairs import UNKNOWN_AT_MOST, unknown_share
 
+_SIDES = re.compile(r"\b(left|right|leftwards?|rightwards?|west|east|western|eastern|(counter|anti)?clockwise)\b", re.I)
+_ENGLISH = re.compile(r"\b(a|an|the|of|in|on|with|and|is)\b", re.I)
 LOOKED_AT = 2000
 """Pairs that are read for what is no more than an average."""
 
@@ -25,6 +29,7 @@ class Look:
 
     pairs: all; looked_at: how many of them, drawn evenly, the averages are of; broken: of these
     captions: of an image; tokens: of a caption, in the text tower's words; unknown: share of tokens that it knows not
+    sides: share of captions that name left or right, east or west; None where hardly one is in English
     copies: share of all pairs whose picture is a copy of another's, None where they were not looked for
     side: median of the pictures' shorter sides in pixels; seen: side of what the image tower sees
     """
@@ -35,6 +40,7 @@ class Look:
     captions: float
     tokens: float
     unknown: float
+    sides: float | None
     copies: float | None
     side: int
     seen: int
@@ -60,6 +66,17 @@ class Look:
         ]
 
 
+def sides_named(captions: Sequence[str]) -> float | None:
+    """Share of captions that name a side, of which a mirrored picture would show the other.
+
+    None where fewer than a fifth have one of the commonest English words: the words of other languages are not known.
+    """
+    english = sum(_ENGLISH.search(text) is not None for text in captions)
+    if not captions or english < len(captions) / 5:
+        return None
+    return sum(_SIDES.search(text) is not None for text in captions) / len(captions)
+
+
 def look(
     source: Source,
     groups: NDArray[np.int64] | None,
@@ -77,7 +94,8 @@ def look(
     whole = seen.pairs[seen.whole]
     if not len(whole):
         raise InputError(f"{source.name}: none of the {len(chosen):,} pictures that were looked at can be read.")
-    lengths = [len(tokenizer.encode(text)) for index in chosen.tolist() for text in source.captions(index)]
+    captions = [text for index in chosen.tolist() for text in source.captions(index)]
+    lengths = [len(tokenizer.encode(text)) for text in captions]
     copies = None
     if groups is not None:
         _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
@@ -89,6 +107,7 @@ def look(
         captions=float(seen.pairs["captions"].mean()),
         tokens=float(np.mean(lengths)) if lengths else 0.0,
         unknown=unknown_share(source, tokenizer),
+        sides=sides_named(captions),
         copies=copies,
         side=int(np.median(np.minimum(whole["width"], whole["height"]))),
         seen=image_size,

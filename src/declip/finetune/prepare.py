@@ -154,6 +154,7 @@ def _facts_of_weights(bare: Recipe, source: Source, groups: Any, progress: Progr
         pairs=0,
         held_out=0,
         captions=found.captions,
+        sides=found.sides,
         random=tuple(part for part, tower in towers.items() if tower is None),
         layers=_layers(model),
         embed_dim=recipe.model.embed_dim if projected else None,

@@ -21,7 +21,7 @@ class Way:
     last: which share of a tower's layers learns, on few pairs; None: all learn, as do all on many pairs
     lr: of towers that start from weights; image_lr: of the image tower, where another; projection_lr: of projections
     that start at random (None: as their tower); random_lr: of a tower that starts at random
-    start_decay, interpolate: back to the start; pool: of several captions
+    start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
     """
 
     what: str
@@ -30,7 +30,7 @@ class Way:
     last: Mapping[str, float] | None = None
     image_lr: float | None = None
     projection_lr: float | None = None
-    crop_scale: tuple[float, float] | None = None
+    plain_views: bool = False
     random_lr: float = 1e-3
     start_decay: float = 0.0
     interpolate: bool = False
@@ -58,18 +58,19 @@ APART = Way(
     last={"image": 1 / 3, "text": 1 / 2},
     image_lr=6e-4,
     projection_lr=1e-3,
-    crop_scale=(0.5, 1.0),
+    plain_views=True,
     pool="turn",
     why={
         "tune": "the towers have never met: their top layers have to move for a space that both share",
         "last": "the top has to move for a space that both share; what the rest gives is computed once and kept",
         "lr": "for towers that have learnt already, a third of what the new projections get",
         "image_lr": "pictures are further from captions than captions are",
-        "crop_scale": "a smaller crop often lacks what the caption says",
+        "plain_views": "the towers know colours already, and captions name them",
         "layer_decay": "lower layers know pictures and words already",
     },
 )
 
+SIDES = 0.01  # share of captions that name a side, from which pictures are not mirrored
 FEW = 50_000
 """Training pairs up to which only the last layers of two towers learn."""
 LEAST_PAIRS = 20
@@ -104,7 +105,8 @@ class Facts:
     embed_dim: width of the projections that come with the weights, None where there are none
     pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
     by_picture: whether they are few enough to be split by their pictures
-    captions: of an image, on average
+    captions: of an image, on average; sides: share of them that name a side, None where they are in no language that
+        the words are known of
     said: what the user or the recipe says, by path; the rules say nothing of these
     minutes, speed: for all, and what a few steps took; None where time does not matter
     spent: seconds that are gone already
@@ -114,6 +116,7 @@ class Facts:
     pairs: int
     held_out: int
     captions: float = 1.0
+    sides: float | None = None
     splits: bool = True
     by_picture: bool = True
     random: tuple[str, ...] = ()
@@ -214,8 +217,15 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         own = facts.embed_dim is not None
         why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
         yield Choice("model.embed_dim", facts.embed_dim or way.embed_dim, why)
-    if way.crop_scale is not None:
-        yield Choice("data.images.crop_scale", way.crop_scale, way.why["crop_scale"])
+    if way.plain_views:
+        yield Choice("data.images.jitter", 0.0, way.why["plain_views"])
+    if facts.sides is not None:
+        few = facts.sides < SIDES
+        yield Choice(
+            "data.images.flip",
+            0.5 if few else 0.0,
+            f"{facts.sides:.1%} of the captions name left or right, east or west",
+        )
     if facts.captions > 1:
         several = f"{facts.captions:.1f} captions an image: "
         turn = several + ("each is seen equally often" if way.pool == "turn" else "one is drawn each time")
