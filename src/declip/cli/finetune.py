@@ -34,7 +34,10 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument("--out", type=folder, metavar="DIR", help="the run folder; not needed with --plan")
     add_columns(parser)
     parser.add_argument(
-        "--minutes", type=positive, metavar="M", help="time to train; a few steps are timed and the plan made to fit"
+        "--minutes",
+        type=positive,
+        metavar="M",
+        help="time for all of it; a few steps are timed and the plan made to fit",
     )
     parser.add_argument(
         "--general",
