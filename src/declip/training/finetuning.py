@@ -76,13 +76,13 @@ FEW = 50_000
 LEAST_PAIRS = 20
 """Pairs below which nothing can be learnt and judged."""
 BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of the training pairs
-EPOCHS, AT_PAIRS, POWER = 12, 6_000, 0.5  # epochs at so many pairs; fewer for more pairs, by this power of their ratio
+EPOCHS, AT_PAIRS, POWER = 9, 6_000, 0.5  # epochs at so many pairs; fewer for more pairs, by this power of their ratio
 MOST_EPOCHS, LEAST_EPOCHS = 40, 1
 WEIGHT_DECAY = 0.1
 PATIENCE = 5  # held-out scores without a better one
 SCORES = (4, 20)  # fewest and most held-out scores of a run
 MIXTURES = 11  # that interpolation scores after the last step
-USED = 0.95  # of the time that the user gives: the last checkpoint and the report are written in the rest
+USED = 0.9  # of the time that the user gives: the last checkpoint and the report are written in the rest
 AFTER = 4  # held-out scores' time that judging the finished model takes, in float32 and anew
 JUDGED = 0.25  # of that time at most for held-out scores
 
@@ -171,7 +171,7 @@ def check_enough(pairs: int) -> None:
 
 
 def epochs_for(pairs: int) -> float:
-    """Passes over so many training pairs: 12 at 6,000, more over fewer and fewer over more, by the root of the ratio.
+    """Passes over so many training pairs: 9 at 6,000, more over fewer and fewer over more, by the root of the ratio.
 
     A short run over few pairs is too few steps, a long one learns them by heart.
     """
