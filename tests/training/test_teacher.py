@@ -14,7 +14,9 @@ from conftest import write_one_broken
 from safetensors.numpy import save_file
 
 import declip
+from declip.data.sources import open_sources
 from declip.errors import InputError
+from declip.pairs import Data
 from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training import loop
@@ -65,25 +67,44 @@ def test_a_model_teaches(teacher: Path, tiny: MakeRecipe, tmp_path: Path, capsys
     assert heads["image.weight"].shape == (24, 16)
 
 
-def test_a_file_teaches(tiny: MakeRecipe, tmp_path: Path) -> None:
-    source = set_up(tiny("clip"), None, False, Ranks()).images.source
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_file_teaches(held_out: bool, tiny: MakeRecipe, tmp_path: Path) -> None:
+    """With rows for the training pairs alone, or for all pairs of data.train."""
+    looked_at = set_up(tiny("clip"), None, False, Ranks()).images.source
+    whole = open_sources(tiny("clip").data.train, Data())
+    source = whole if held_out else looked_at
+    place = {source.key(index): index for index in range(len(source))}
     images = np.random.default_rng(0).standard_normal((len(source), 5)).astype(np.float32)
-    texts = np.random.default_rng(1).standard_normal((2 * len(source), 5)).astype(np.float32)
+    counts = [len(source.captions(index)) for index in range(len(source))]
+    texts = np.random.default_rng(1).standard_normal((sum(counts), 5)).astype(np.float32)
     save_file({"images": images, "texts": texts}, tmp_path / "both.safetensors")
-    run = set_up(tiny("clip", *term(tmp_path / "both.safetensors")), tmp_path / "looked-at", False, Ranks())
+    recipe = tiny("clip", *term(tmp_path / "both.safetensors"))
+    run = set_up(recipe, tmp_path / "looked-at", False, Ranks())
     batch = batch_maker(run).make(0)
     assert batch.teacher_images is not None
-    expected = images[batch.sample_ids] / np.linalg.norm(images[batch.sample_ids], axis=1, keepdims=True)
-    np.testing.assert_allclose(batch.teacher_images, expected, atol=1e-3)
-    declip.train(tiny("clip", *term(tmp_path / "both.safetensors")), tmp_path / "run", quiet=True)
+    assert batch.teacher_texts is not None
+    rows = [place[run.images.source.key(index)] for index in batch.sample_ids.tolist()]
+    np.testing.assert_allclose(batch.teacher_images, unit(images[rows]), atol=1e-3)
+    starts = np.cumsum([0, *counts])
+    for row, said in zip(rows, batch.teacher_texts, strict=True):
+        own = unit(texts[starts[row] : starts[row + 1]])
+        assert (np.abs(own - said.numpy()).max(-1) < 1e-3).any()
+    declip.train(recipe, tmp_path / "run", quiet=True)
     # With keys, in any order.
     order = np.random.default_rng(2).permutation(len(source))
     keys = np.array([source.key(int(index)) for index in order])
-    np.savez(tmp_path / "keyed.npz", images=images[order], keys=keys)
+    text_rows = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in order])
+    np.savez(tmp_path / "keyed.npz", images=images[order], texts=texts[text_rows], keys=keys)
     other = batch_maker(set_up(tiny("clip", *term(tmp_path / "keyed.npz")), tmp_path / "other", False, Ranks())).make(0)
     assert other.teacher_images is not None
+    assert other.teacher_texts is not None
     assert torch.equal(other.teacher_images, batch.teacher_images)
-    assert other.teacher_texts is None
+    assert torch.equal(other.teacher_texts, batch.teacher_texts)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    found: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return found
 
 
 def test_the_start_teaches(tiny: MakeRecipe, tmp_path: Path) -> None:
@@ -167,12 +188,14 @@ def write(folder: Path, **arrays: np.ndarray) -> str:
     ("arrays", "says"),
     [
         ({"texts": np.zeros((64, 3), np.float32)}, "has no images"),
-        ({"images": np.zeros((31, 3), np.float32)}, "has images for 31 pairs, but .* has 32"),
+        ({"images": np.zeros((31, 3), np.float32)}, "has images for 31 pairs, but .* has 40, 32 of them to train on"),
+        ({"images": np.ones((2, 3), np.float32), "keys": np.array(["x", "x"])}, "several are 'x'"),
+        ({"images": np.ones((2, 3), np.float32), "keys": np.array(["x"])}, "keys must be 2 strings"),
         ({"images": np.zeros((32, 3), np.float32), "texts": np.zeros((9, 3), np.float32)}, "texts for 9 captions"),
         ({"images": np.zeros((32, 3), np.float32), "texts": np.zeros((64, 4), np.float32)}, "different widths"),
         ({"images": np.zeros(32, np.float32)}, "images is no matrix"),
         ({"images": np.zeros((32, 3), np.int64)}, "images is no matrix of floating-point"),
-        ({"images": np.ones((1, 3), np.float32), "keys": np.array(["x"])}, "no embedding of the pair"),
+        ({"images": np.ones((1, 3), np.float32), "keys": np.array(["x"])}, "keys has 'x', which is no pair"),
         ({"images": np.array([{"a": 1}])}, "cannot be read"),
     ],
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from declip.data.images import eval_view
 from declip.data.kept import Kept, States
 from declip.data.sources import Source
 from declip.data.storage import Storage
-from declip.errors import InputError, first_line
+from declip.errors import InputError
 from declip.evaluation.embedding import Encoder, embed_source, embed_texts
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image
@@ -33,11 +31,11 @@ from declip.model.text_tower import encode_text, trim_for
 from declip.model.tuning import LOCKED
 from declip.progress import Progress
 from declip.recipe import Recipe
+from declip.training.embeddings_file import ENDINGS, EmbeddingsFile
 from declip.training.locked import hash_of
 from declip.training.pairs import digest_of_pairs
 
 START = "start"
-_FILES = (".npz", ".safetensors")
 _TEACHERS_SCALE = 100.0  # of embeddings in a file, which say none: that of nearly all CLIP models
 
 
@@ -65,8 +63,8 @@ def open_teacher(recipe: Recipe, start: Start, device: torch.device) -> Teacher 
     spec: str = term.teacher  # type: ignore[attr-defined]
     if spec == START:
         return _of_start(recipe, start, device)
-    if Path(spec).suffix in _FILES and Path(spec).is_file():
-        return _of_file(Path(spec))
+    if Path(spec).suffix in ENDINGS and Path(spec).is_file():
+        return _of_file(EmbeddingsFile(Path(spec)))
     if Path(spec).suffix == ".npz":
         raise InputError(f"terms.distillation.teacher: there is no file {spec}.")
     model = load(spec, str(device))
@@ -129,6 +127,13 @@ def _tensors(state: dict[str, Tensor]) -> list[str | bytes]:
     return [part for name, tensor in state.items() for part in (name, tensor.detach().cpu().float().numpy().tobytes())]
 
 
+def _of_file(file: EmbeddingsFile) -> Teacher:
+    def embed(source: Source, part: Part, _: Progress | None) -> States:
+        return _in_half(torch.from_numpy(file.of(source, part)))
+
+    return Teacher(str(file.path), file.width, file.parts, _TEACHERS_SCALE, hash_of(*file.version), embed)
+
+
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
@@ -181,60 +186,3 @@ def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
     started = _Started(copy.to(device), device)
     version = hash_of(START, str(copy.image_size), str(copy.context_length), *_tensors(copy.clip.state_dict()))
     return Teacher(START, None, tuple(learning), 1.0, version, lambda *asked: _embed(started, *asked))  # type: ignore[arg-type]
-
-
-# --- embeddings in a file ---------------------------------------------------------------------------------------------
-
-
-def _of_file(path: Path) -> Teacher:
-    arrays = _read(path)
-    parts: list[Part] = [part for part in ("image", "text") if f"{part}s" in arrays]
-    for part in parts:
-        array = arrays[f"{part}s"]
-        if array.ndim != 2 or not np.issubdtype(array.dtype, np.floating):
-            raise InputError(f"{path}: {part}s is no matrix of floating-point numbers, a row for each.")
-    if len({arrays[f"{part}s"].shape[1] for part in parts}) > 1:
-        raise InputError(f"{path}: images and texts are of different widths, so they share no space.")
-    width = arrays["images"].shape[1]
-    stat = path.stat()
-    version = hash_of(str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns))
-
-    def embed(source: Source, part: Part, progress: Progress | None) -> States:
-        rows = arrays[f"{part}s"]
-        count = len(source) if part == "image" else sum(len(source.captions(i)) for i in range(len(source)))
-        if part == "image" and "keys" in arrays:
-            rows = rows[_order(path, arrays["keys"], source)]
-        if len(rows) != count:
-            what = "pairs" if part == "image" else "captions"
-            raise InputError(f"{path} has {part}s for {len(rows):,} {what}, but {source.name} has {count:,}.")
-        return _in_half(torch.from_numpy(np.ascontiguousarray(rows)))
-
-    return Teacher(str(path), width, tuple(parts), _TEACHERS_SCALE, version, embed)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The arrays of a file; nothing in it is unpickled."""
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        else:
-            from safetensors.numpy import load_file
-
-            arrays = load_file(path)
-    except (OSError, ValueError, zipfile.BadZipFile, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {first_line(error)}.") from None
-    if "images" not in arrays:
-        raise InputError(f"{path} has no images: it needs a matrix of that name, a row a pair, and may have texts.")
-    if "keys" in arrays and "texts" in arrays:
-        raise InputError(f"{path} has keys and texts: keys put images in order, not captions; leave one of them out.")
-    return arrays
-
-
-def _order(path: Path, keys: Any, source: Source) -> list[int]:
-    """The row of each of the source's pairs."""
-    rows = {str(key): row for row, key in enumerate(keys)}
-    wanted = [source.key(index) for index in range(len(source))]
-    if missing := next((key for key in wanted if key not in rows), None):
-        raise InputError(f"{path} has no embedding of the pair {missing!r} of {source.name}.")
-    return [rows[key] for key in wanted]

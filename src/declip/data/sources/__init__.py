@@ -1,6 +1,6 @@
 """Sources: sequences of image-text pairs, whatever format they are stored in."""
 
-from declip.data.sources.base import BrokenPair, Concatenation, Pair, Source, Subset, joined
+from declip.data.sources.base import BrokenPair, Concatenation, Pair, Source, Subset, joined, whole_of
 from declip.data.sources.opening import open_sources
 from declip.data.sources.splits import Without, connected, hold_out_groups, split_holdout, take_fraction
 
@@ -17,4 +17,5 @@ __all__ = [
     "open_sources",
     "split_holdout",
     "take_fraction",
+    "whole_of",
 ]

@@ -219,3 +219,16 @@ class Subset(Wrapped):
 
     def _index(self, i: int) -> int:
         return int(self.indices[i])
+
+
+def whole_of(source: Source) -> tuple[Source, NDArray[np.int64]]:
+    """The source without what leaves pairs out, and where each pair stands in it: int64 [pairs]."""
+    if isinstance(source, Wrapped):
+        whole, places = whole_of(source.source)
+        return whole, places[np.fromiter(map(source._index, range(len(source))), np.int64, len(source))]
+    if isinstance(source, Concatenation):
+        parts = [whole_of(part) for part in source.sources]
+        starts = np.cumsum([0, *(len(whole) for whole, _ in parts)])
+        found = [places + start for (_, places), start in zip(parts, starts[:-1], strict=True)]
+        return Concatenation([whole for whole, _ in parts], source.name), np.concatenate(found)
+    return source, np.arange(len(source))
