@@ -19,7 +19,7 @@ from declip.training.loop import train
 from declip.training.step import pick_device
 
 REPORT = "report.html"
-BEFORE, CHANCE, AFTER = "before", "before: chance", "after"
+BEFORE, CHANCE, AFTER = "before", "guessing", "fine-tuned"
 
 
 def run(prepared: Prepared, out: Path, quiet: bool = False, progress: Progress | None = None) -> dict[str, Any]:

@@ -220,13 +220,15 @@ def pictures(models: Sequence[ModelResult], queries: Sequence[Query]) -> str:
         + "."
     )
     finder = "What it finds" if len(models) == 1 else "What they find"
-    cards = "".join(_query(models, query) for query in queries)
+    answering = [model for model in models if any(query.hits.get(model.name) for query in queries)]
+    cards = "".join(_query(models, answering, query) for query in queries)
     return f'<section><h2>{finder}</h2><p class="note">{note}</p><div class="queries">{cards}</div></section>'
 
 
-def _query(models: Sequence[ModelResult], query: Query) -> str:
+def _query(models: Sequence[ModelResult], answering: Sequence[ModelResult], query: Query) -> str:
+    """What those find that were asked at all."""
     rows = []
-    for model in models:
+    for model in answering:
         hits = query.hits.get(model.name, ())[:HITS_SHOWN]
         right = f"{sum(hit.right for hit in hits)} of {len(hits)} right" if hits else ""
         found = f'<ol class="hits">{"".join(map(_hit, hits))}</ol>' if hits else '<p class="nothing">nothing asked</p>'
