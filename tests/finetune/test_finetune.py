@@ -80,7 +80,7 @@ def test_a_run_folder_on_pictures_beside_a_table(first: Path, tmp_path: Path, ca
     assert (general_retrieval["before"], general_retrieval["after"]) == (before, after)
     report = (out / "report.html").read_text("utf-8")
     assert found["report"] == str(out / "report.html")
-    assert "after − before" in report
+    assert "fine-tuned − before" in report
     assert report.count('<article class="card query">') == 4
     assert "optimizer.lr" in report
     assert "rates are for 256 pairs a step" in report
