@@ -28,7 +28,6 @@ from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
 from declip.training.estimate import estimate
 from declip.training.finetuning import Facts, Plan, Speed, check_enough, choose, override
-from declip.training.loop import fill_cache
 from declip.training.pairs import check_batch, groups_of_pictures, open_pairs
 
 NOTES = "finetune.json"
@@ -173,8 +172,7 @@ def _layers(model: DualEncoder) -> dict[str, int]:
 
 
 def _speed(recipe: Recipe, progress: Progress | None) -> Speed:
-    fill_cache(recipe, progress)  # which may take longer than all steps
-    found = estimate(recipe)
+    found = estimate(recipe, keep=True, progress=progress)  # what is kept may take longer than all steps
     gc.collect()  # the model that was timed
     return Speed(found["seconds_per_step"], found["seconds_per_score"], found["batch_size"])
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from declip.errors import Diverged, InputError
+from declip.progress import Progress
 from declip.recipe import Recipe
 from declip.training.distributed import joined_ranks, one_voice
 from declip.training.interrupts import Interrupts
-from declip.training.locked import kept_parts
+from declip.training.locked import keep_features, kept_parts
 from declip.training.logging import NoLog, most_resident_bytes
 from declip.training.loop import batch_maker, go, make_step, set_up
 from declip.training.run import Run
@@ -45,8 +46,10 @@ class _Notes(NoLog):
         self.judging = time.perf_counter() - self.came
 
 
-def estimate(recipe: Recipe, price: float | None = None) -> dict[str, Any]:
-    """What a run of the recipe will need, from 5 of its steps after 2 to warm up; writes nothing.
+def estimate(
+    recipe: Recipe, price: float | None = None, keep: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """What a run of the recipe will need, from 5 of its steps after 2 to warm up; writes no run folder.
 
     As one of several processes where torchrun has started them; what rank 0 gives back is the answer.
 
@@ -57,6 +60,7 @@ def estimate(recipe: Recipe, price: float | None = None) -> dict[str, Any]:
         its processes takes for a batch, is slower than that, as slow as the loader
     hours: of all steps and of scoring the held-out pairs; device_hours: times ranks; cost: times the price
     price: of a device for an hour, in any currency
+    keep: compute what the run will keep of the pairs, and time its steps on that; otherwise on zeros in its place
     Raises InputError for whatever `train` would raise it, but for the run folder.
     """
     # Scored once, after the last step. The order of the pairs has no end, however short the run.
@@ -64,6 +68,8 @@ def estimate(recipe: Recipe, price: float | None = None) -> dict[str, Any]:
     with joined_ranks(recipe) as ranks:
         with one_voice(ranks):
             run = set_up(recipe.model_copy(update={"evaluation": once}), None, False, ranks)
+        if keep:
+            run.kept = keep_features(run.model, run.images, run.recipe, run.device, progress)
         if kept_parts(recipe):
             run.score()  # the first takes longer than all others: what rests is asked then
         steps, run.steps = run.steps, WARM_UP + TIMED

@@ -24,7 +24,6 @@ class Way:
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
     """
 
-    what: str
     lr: float
     layer_decay: float
     last: Mapping[str, float] | None = None
@@ -40,7 +39,6 @@ class Way:
 
 
 JOINT = Way(
-    what="a whole model",
     lr=1e-5,
     layer_decay=0.75,
     start_decay=1.0,
@@ -52,7 +50,6 @@ JOINT = Way(
     },
 )
 APART = Way(
-    what="two towers",
     lr=3e-4,
     layer_decay=0.8,
     last={"image": 1 / 3, "text": 1 / 2},

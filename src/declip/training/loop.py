@@ -23,7 +23,7 @@ from declip.model.dual_encoder import DualEncoder
 from declip.model.start import Start, first_weights, load_towers, read_start
 from declip.model.tuning import add_adapters
 from declip.objectives.objective import Objective, build_objective
-from declip.progress import Progress, progress_bar
+from declip.progress import progress_bar
 from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.batch_norm import synchronise
@@ -143,14 +143,6 @@ def set_up(
         if going_on:
             cut_metrics(run.out, run.step)
     return run
-
-
-def fill_cache(recipe: Recipe, progress: Progress | None = None) -> None:
-    """Compute what a run of the recipe will keep of the pairs before its first step, where that is not there yet."""
-    if kept_parts(recipe):
-        with joined_ranks(recipe) as ranks:
-            run = set_up(recipe, None, False, ranks)
-            keep_features(run.model, run.images, recipe, run.device, progress)
 
 
 def _keep(run: Run, teacher: Teacher | None, quiet: bool, measured_only: bool) -> Kept:
