@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import write_one_broken
 from safetensors.torch import load_file
+from stopping import stop_after
 
 import declip
 from declip.data.loader import BatchMaker
@@ -188,24 +189,11 @@ def test_what_is_kept_is_used_again_and_made_anew_where_it_does_not_fit(
     assert made[5:] == ["_write_images", "_write_texts"]  # the random towers are others
 
 
-def test_a_run_goes_on_as_if_it_had_not_stopped(
-    tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_as_if_it_had_not_stopped(tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny("clip", *HEADS)
     declip.train(recipe, tmp_path / "whole", quiet=True)
     stopped = tmp_path / "stopped"
-    judge = loop.Run.judge
-
-    def stop(self: loop.Run, *args: object) -> bool:
-        judge(self, *args)  # type: ignore[arg-type]
-        if self.step == 4:
-            raise KeyboardInterrupt
-        return False
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "judge", stop)
-        with pytest.raises(KeyboardInterrupt):
-            declip.train(recipe, stopped, quiet=True)
+    stop_after(recipe, stopped, 4)
     declip.train(recipe, stopped, resume=True, quiet=True)
     last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in (tmp_path / "whole", stopped)]
     assert last[0]["held_out"] == last[1]["held_out"]

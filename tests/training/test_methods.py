@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stopping import stop_after
 
 import declip
 from declip.data.decoded import open_images
@@ -112,25 +113,6 @@ def test_a_run_of_each_method_resumes_exactly_and_opens(
     assert (model.token_wise is not None) == (method == "filip")
     assert (model.clip.logit_bias is not None) == (method == "siglip")
     assert model.encode_text(["a cat"]).shape == ((1, 77, 8) if method == "filip" else (1, 16))
-
-
-def stop_after(recipe: Recipe, out: Path, steps: int) -> None:
-    """Start a run and break it off as Ctrl-C does."""
-    from declip.training import loop
-
-    real = loop.learning_rate
-
-    def rate(step: int, *rest: object) -> float:
-        if step == steps:
-            raise KeyboardInterrupt
-        return real(step, *rest)  # type: ignore[arg-type]
-
-    loop.learning_rate = rate  # type: ignore[assignment]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            declip.train(recipe, out, quiet=True)
-    finally:
-        loop.learning_rate = real
 
 
 def test_logit_scales_stay_in_their_ranges(tiny: Callable[..., Recipe]) -> None:

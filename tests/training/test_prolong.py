@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from stopping import stop_at
 
 from declip.errors import InputError
 from declip.recipe import Recipe, load_recipe
@@ -49,17 +50,6 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert same, name
     losses = [[(row["step"], row["loss"]) for row in read_metrics(run) if "loss" in row] for run in (one, other)]
     assert losses[0] == losses[1]
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = loop.learning_rate
-
-    def rate(number: int, *rest: Any) -> float:
-        if number == step:
-            raise KeyboardInterrupt
-        return real(number, *rest)
-
-    monkeypatch.setattr(loop, "learning_rate", rate)
 
 
 def test_a_finished_run_is_prolonged(tiny: MakeRecipe, tmp_path: Path) -> None:

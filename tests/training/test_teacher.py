@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_one_broken
 from safetensors.numpy import save_file
+from stopping import stop_after
 
 import declip
 from declip.data.sources import open_sources
@@ -19,7 +19,6 @@ from declip.errors import InputError
 from declip.pairs import Data
 from declip.ranks import Ranks
 from declip.recipe import Recipe
-from declip.training import loop
 from declip.training.loop import batch_maker, set_up
 
 MakeRecipe = Callable[..., Recipe]
@@ -150,23 +149,10 @@ def test_an_unreadable_image_has_no_teacher(teacher: Path, tiny: MakeRecipe, tmp
     assert np.isfinite(losses(tmp_path / "run")).all()
 
 
-def test_a_run_goes_on_as_if_it_had_not_stopped(
-    teacher: Path, tiny: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_goes_on_as_if_it_had_not_stopped(teacher: Path, tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny("clip", *term(teacher))
     declip.train(recipe, tmp_path / "whole", quiet=True)
-    judge = loop.Run.judge
-
-    def stop(self: loop.Run, *args: Any) -> bool:
-        judge(self, *args)
-        if self.step == 4:
-            raise KeyboardInterrupt
-        return False
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "judge", stop)
-        with pytest.raises(KeyboardInterrupt):
-            declip.train(recipe, tmp_path / "stopped", quiet=True)
+    stop_after(recipe, tmp_path / "stopped", 4)
     declip.train(recipe, tmp_path / "stopped", resume=True, quiet=True)
     assert losses(tmp_path / "stopped")[-1] == losses(tmp_path / "whole")[-1]
 
