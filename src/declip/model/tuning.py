@@ -17,6 +17,8 @@ from declip.model.towers import Towers
 
 LOCKED = ("projection", "nothing")
 """Ways to tune in which what a tower pools stays the same."""
+RESTING = (*LOCKED, "last")
+"""Ways to tune in which something below all that learns stays the same."""
 
 
 def choose_parameters(clip: Towers, part: Part, tune: Tune, layers: int) -> None:

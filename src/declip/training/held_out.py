@@ -18,14 +18,13 @@ from declip.errors import InputError
 from declip.evaluation.retrieval import retrieval_metrics
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise, embed_images, embed_texts
+from declip.model.image_tower import IMAGES_AT_ONCE
 from declip.model.parts import Part
 from declip.model.products import by_onednn
 from declip.model.text_tower import trim_for
-from declip.model.tuning import LOCKED
+from declip.model.tuning import RESTING
 from declip.recipe import Recipe
 from declip.training.step import autocast
-
-_IMAGES_AT_ONCE = 64  # more go slower on a CPU, as they leave its caches
 
 
 class HeldOut:
@@ -75,8 +74,8 @@ class HeldOut:
 
     def _embed(self, model: DualEncoder, part: Part, device: torch.device, token_wise: TokenWise | None) -> Tensor:
         """Embeddings on the CPU, where comparing them costs nothing; tokens where they are, which may be a GPU."""
-        rows = torch.split(self.images, _IMAGES_AT_ONCE) if part == "image" else torch.split(self.tokens, 512)
-        if token_wise is None and model.tune[part] in (*LOCKED, "last"):
+        rows = torch.split(self.images, IMAGES_AT_ONCE) if part == "image" else torch.split(self.tokens, 512)
+        if token_wise is None and model.tune[part] in RESTING:
             if part not in self.below:
                 with autocast(device, self.precision):  # as what is kept of the training pairs
                     self.below[part] = [_below(model, part, some.to(device), self.pad) for some in rows]

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from declip.data.captions import lengthen, tokenize
 from declip.data.decoded import Images
 from declip.data.kept import Kept, States
 from declip.data.sources import BrokenPair, Source
@@ -23,7 +23,7 @@ from declip.data.storage import Storage
 from declip.errors import InputError
 from declip.files import write_atomically
 from declip.model.dual_encoder import DualEncoder
-from declip.model.image_tower import encode_image
+from declip.model.image_tower import IMAGES_AT_ONCE, encode_image
 from declip.model.layers import names_of_last
 from declip.model.parts import Part, is_projection, part_of
 from declip.model.products import by_onednn
@@ -34,7 +34,6 @@ from declip.recipe import Recipe
 from declip.training.pairs import digest_of_pairs
 from declip.training.step import autocast
 
-_VIEWS_AT_ONCE = 64  # more go slower on a CPU, as they leave its caches
 _CAPTIONS_AT_ONCE = 256
 
 
@@ -82,15 +81,16 @@ def keep_features(
             facts += [str(model.context_length)]
         name = f"features of {part}s {hash_of(*facts)}"
         _say_if_stale(storage, images.source, part, name)
-        write = _write_images if of_image else _write_texts
+        ends = _token_ends(model, images) if model.tune[part] == "last" and not of_image else None
+        write = _write_images if of_image else partial(_write_texts, ends)
         path = storage.kept(
             name,
             lambda place, write=write: write(place, model, images, recipe, device, progress),  # type: ignore[misc]
             f"what the {part} tower makes of {images.source.name}",
         )
         found[f"{part}s"] = np.load(path, mmap_mode="r")
-        if part == "text" and model.tune["text"] == "last":
-            found["text_ends"] = _token_ends(model, images)
+        if ends is not None:
+            found["text_ends"] = ends
     return Kept(**found)
 
 
@@ -139,9 +139,7 @@ def _check_cut(model: DualEncoder, part: Part, device: torch.device) -> None:
         pixels = torch.linspace(-2, 2, count, device=device).reshape(2, 3, model.image_size, model.image_size).sin()
         whole, cut = encode_image(model.clip, pixels), model.images_above(model.images_below(pixels))
     else:
-        special = model.tokenizer.special
-        tokens = tokenize([model.tokenizer.encode("a red bird"), []], model.context_length, special)
-        ids = torch.from_numpy(lengthen(tokens, model.context_length, special.pad)).to(device)
+        ids = model.token_ids(["a red bird", ""]).to(device)
         whole, cut = encode_text(model.clip, ids), model.texts_above(ids, model.texts_below(ids))  # type: ignore[assignment]
     model.train(was_training)
     if not torch.allclose(whole.embedding, cut.embedding, rtol=1e-3, atol=1e-3):
@@ -194,12 +192,18 @@ def _write_images(
 
 
 def _write_texts(
-    place: Path, model: DualEncoder, images: Images, recipe: Recipe, device: torch.device, progress: Progress | None
+    ends: np.ndarray | None,
+    place: Path,
+    model: DualEncoder,
+    images: Images,
+    recipe: Recipe,
+    device: torch.device,
+    progress: Progress | None,
 ) -> None:
+    """ends: where the tokens of each caption end, where they are kept; None of a locked tower."""
     source = images.source
     texts = [caption for index in range(len(source)) for caption in source.captions(index)]
-    ends = _token_ends(model, images)
-    lengths = np.diff(ends, prepend=0)
+    lengths = np.diff(_token_ends(model, images) if ends is None else ends, prepend=0)
     order = np.argsort(lengths, kind="stable")  # so that little is padded
     out: Any = None
     with _applied(model, recipe, device):
@@ -207,11 +211,10 @@ def _write_texts(
             rows = order[start : start + _CAPTIONS_AT_ONCE]
             tokens = model.token_ids([texts[row] for row in rows]).to(device)
             states = _in_half(model.texts_below(tokens), "text")
-            whole = states.ndim == 2
             if out is None:
-                shape = (len(texts) if whole else int(ends[-1]), states.shape[-1])
+                shape = (len(texts) if ends is None else int(ends[-1]), states.shape[-1])
                 out = np.lib.format.open_memmap(place, mode="w+", dtype=np.float16, shape=shape)
-            if whole:
+            if ends is None:
                 out[rows] = states
             else:
                 for row, own in zip(rows, states, strict=True):
@@ -253,7 +256,7 @@ class _Views(Dataset[tuple[range, np.ndarray, np.ndarray]]):
 
 
 def _loaded(reader: _Views, count: int, workers: int) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
-    step = max(1, _VIEWS_AT_ONCE // reader.count)
+    step = max(1, IMAGES_AT_ONCE // reader.count)
     ranges = [range(start, min(start + step, count)) for start in range(0, count, step)]
     loader = DataLoader(
         reader,

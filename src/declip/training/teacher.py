@@ -22,12 +22,12 @@ from declip.data.storage import Storage
 from declip.errors import InputError
 from declip.evaluation.embedding import Encoder, embed_source, embed_texts
 from declip.model.dual_encoder import DualEncoder
-from declip.model.image_tower import encode_image
+from declip.model.image_tower import IMAGES_AT_ONCE, encode_image
 from declip.model.parts import Part
 from declip.model.pretrained import LoadedModel, load
 from declip.model.products import by_onednn
 from declip.model.start import Start, load_towers
-from declip.model.text_tower import encode_text, trim_for
+from declip.model.text_tower import encode_text
 from declip.model.tuning import LOCKED
 from declip.progress import Progress
 from declip.recipe import Recipe
@@ -152,7 +152,7 @@ class _Started:
     def encode_prepared(self, images: list[Any]) -> Tensor:
         pixels = self.model.pixels(torch.from_numpy(np.stack(images)).to(self.device))
         with by_onednn(self.device):
-            found = [encode_image(self.model.clip, some).pooled for some in torch.split(pixels, 64)]
+            found = [encode_image(self.model.clip, some).pooled for some in torch.split(pixels, IMAGES_AT_ONCE)]
         return torch.cat(found).float().cpu()  # type: ignore[arg-type]
 
     encode_image = encode_prepared
@@ -162,9 +162,8 @@ class _Started:
         found = []
         for begin in range(0, len(texts), 256):
             ids = self.model.token_ids(texts[begin : begin + 256]).to(self.device)
-            cut = trim_for(self.model.clip, ids, self.model.tokenizer.special.pad)
             with by_onednn(self.device):
-                found.append(encode_text(self.model.clip, cut).pooled)
+                found.append(encode_text(self.model.clip, ids).pooled)
         return torch.cat(found).float().cpu()
 
 
