@@ -295,6 +295,18 @@ def test_the_last_layers_go_on_from_what_is_kept(image: str, text: list[str], ti
     assert not any("transformer.resblocks.0." in name for name in own)
 
 
+def test_the_end_token_is_kept_where_captions_are_padded_with_it(tiny: MakeRecipe, tmp_path: Path) -> None:
+    run = set_up(tiny("clip", *TWO_LAYERS, "model.image.layers=2", *LAST), tmp_path / "run", False, loop.Ranks())
+    tokenizer, plain = run.model.tokenizer, locked._token_ends(run.model, run.images)
+    end = int(run.model.token_ids(["a"])[0, -1])
+    special = tokenizer.special
+    tokenizer.special = special._replace(pad=end)  # type: ignore[misc]
+    try:
+        assert np.array_equal(locked._token_ends(run.model, run.images), plain)
+    finally:
+        tokenizer.special = special  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("image", ["model.image.layers=2", RESNET, TIMM])
 def test_only_the_last_layers_change(image: str, tiny: MakeRecipe, tmp_path: Path) -> None:
     recipe = tiny("clip", image, *TWO_LAYERS, *LAST, "optimizer.lr=0.01")

@@ -155,11 +155,12 @@ def _token_ends(model: DualEncoder, images: Images) -> np.ndarray:
     source = images.source
     if model.full_captions:  # what stands on the padding counts
         return np.arange(1, int(images.caption_ends[-1]) + 1) * model.context_length
-    lengths = [
-        length
-        for index in range(len(source))
-        for length in caption_lengths(model.token_ids(source.captions(index)), model.tokenizer.special.pad).tolist()
-    ]
+    pad = model.tokenizer.special.pad
+    lengths: list[int] = []
+    for index in range(len(source)):
+        ids = model.token_ids(source.captions(index))
+        # Where padding is not 0, it may be the end token, whose first place is read: see `text_tower.trim`.
+        lengths += (caption_lengths(ids, pad) + (pad != 0)).clamp(max=ids.shape[1]).tolist()
     return np.cumsum(lengths)
 
 
