@@ -26,6 +26,7 @@ from declip.objectives.objective import Objective, build_objective
 from declip.progress import progress_bar
 from declip.ranks import Ranks
 from declip.recipe import Recipe
+from declip.training.allocator import keep_freed_memory
 from declip.training.batch_norm import synchronise
 from declip.training.checkpoint import check_run, make_run
 from declip.training.distributed import (
@@ -115,6 +116,8 @@ def set_up(
     # Rank 0 alone looks: it soon makes the folder, and another would find it there.
     going_on = out is not None and broadcast(ranks.rank == 0 and check_run(out, recipe, resume), ranks)
     device = pick_device(local_device(recipe.engine.device))
+    if device.type == "cpu":
+        keep_freed_memory()
     if recipe.engine.threads:
         torch.set_num_threads(recipe.engine.threads)
     pairs, held_pairs = open_pairs(recipe.data)

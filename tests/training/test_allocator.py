@@ -1,0 +1,45 @@
+"""Memory that a step frees is there for the next one."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PAGES = """
+import resource, sys
+import torch
+from declip.training.allocator import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for _ in range(16):  # until the small rests that come of alignment are taken
+    torch.ones(2**25)  # 128 MB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(2**25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+SAID = "from declip.training.allocator import keep_freed_memory; print(keep_freed_memory())"
+
+
+def python(*arguments: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", *arguments], env=inherited | environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_not_paged_in_again() -> None:
+    given_back, kept = int(python(PAGES, "give back")), int(python(PAGES, "keep"))
+    assert kept < given_back / 10
+
+
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_what_the_environment_says_of_malloc_stays(name: str) -> None:
+    value = "131072" if name.startswith("MALLOC") else "glibc.malloc.trim_threshold=131072"
+    assert python(SAID, **{name: value}) == "False"
