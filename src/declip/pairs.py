@@ -88,6 +88,13 @@ class Data(Section):
         "nothing", description="equal captions (or images) that are kept out of one batch, as they are false negatives"
     )
     images: ImageViews = Field(ImageViews(), description="how image views are made")
+    view_size: int | None = Field(
+        None,
+        gt=0,
+        description="side of the image views in pixels (default: model.image.image_size). A crop shows things larger "
+        "than the whole image does: a tower that takes any size judges best at one larger than it learned at (Touvron "
+        "et al. 2019, arXiv:1906.06423), and steps on smaller views cost less",
+    )
     strong_images: ImageViews | None = Field(
         None,
         description="image self-supervision gets two views of its own, made so (SLIP); not set: it shares the others",

@@ -50,7 +50,7 @@ def test_timm_towers_are_open_clips(name: str, size: int, more: dict[str, Any], 
     assert found.tokens.shape[:2] == (2, tokens)
     assert (found.pooled is None) == (more.get("timm_proj") == "")
     width = None if found.pooled is None else found.pooled.shape[1]
-    assert image_widths(clip) == (16, width, found.tokens.shape[2])
+    assert image_widths(clip, size) == (16, width, found.tokens.shape[2])
 
 
 def test_tokens_are_in_their_place() -> None:

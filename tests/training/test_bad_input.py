@@ -84,6 +84,7 @@ def rows(count: int = 40) -> list[dict[str, Any]]:
         (["model.name=ViT-Z"], "model.name = 'ViT-Z': open_clip knows no such architecture"),
         (["model.text.heads=5"], "model: open_clip cannot build these towers"),
         (["model.image.image_size=4"], "images of 4 px are smaller than a patch of 8 px"),
+        (["data.view_size=8"], "model.image: the tower takes no images of data.view_size = 8"),
         (["--resume"], "holds no run to resume: leave out --resume to start one there"),
     ],
 )

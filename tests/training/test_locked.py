@@ -256,13 +256,15 @@ BOTH_WAYS = ["model.custom_text=true", "model.text.no_causal_mask=true", "model.
 
 
 @pytest.mark.parametrize("text", [[], BOTH_WAYS])
-@pytest.mark.parametrize("image", ["model.image.layers=2", RESNET, TIMM, VIT])
-def test_the_last_layers_go_on_from_what_is_kept(image: str, text: list[str], tiny: MakeRecipe, tmp_path: Path) -> None:
-    recipe = tiny("clip", image, *text, *TWO_LAYERS, *LAST, "model.image.views_kept=3", "optimizer.lr=0.01")
+@pytest.mark.parametrize("image", [["model.image.layers=2"], [RESNET], [TIMM], [VIT], [TIMM, "data.view_size=64"]])
+def test_the_last_layers_go_on_from_what_is_kept(
+    image: list[str], text: list[str], tiny: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = tiny("clip", *image, *text, *TWO_LAYERS, *LAST, "model.image.views_kept=3", "optimizer.lr=0.01")
     run = set_up(recipe, tmp_path / "run", False, loop.Ranks())
     model = run.model.train()
     kept = batch_maker(run).make(0)
-    towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
+    towers = model.view_size, model.context_length, model.tokenizer, model.full_captions
     drawn = BatchMaker(run.images, recipe, *towers).make(0)
     assert kept.kept_images is not None
     assert kept.kept_texts is not None
@@ -272,7 +274,7 @@ def test_the_last_layers_go_on_from_what_is_kept(image: str, text: list[str], ti
     views = []
     for row, index in enumerate(kept.sample_ids.tolist()):
         rng = np.random.default_rng([recipe.seed, index, 2])
-        pixels = [view for view, _ in run.images.views(index, model.image_size, [recipe.data.images] * 3, rng)]
+        pixels = [view for view, _ in run.images.views(index, model.view_size, [recipe.data.images] * 3, rng)]
         which = [np.array_equal(kept.kept_images[0, row], view) for view in run.kept.images[index]]  # type: ignore[index]
         views.append(pixels[which.index(True)])
     plain = replace(drawn, images=torch.from_numpy(np.stack(views)[None]))

@@ -19,6 +19,7 @@ from declip.data.tokenizer import Tokenizer
 from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
 from declip.model.export import WEIGHTS
+from declip.model.pretrained import load
 from declip.recipe import Recipe, load_recipe
 from declip.training import loop
 from declip.training.held_out import HeldOut
@@ -220,6 +221,16 @@ def test_scoring_leaves_the_model_as_it_was(tiny: MakeRecipe, tmp_path: Path) ->
     assert held_out.score(model.eval(), torch.device("cpu")) == first
     assert not model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_views_are_smaller_than_the_images_that_it_judges(tiny: MakeRecipe, tmp_path: Path) -> None:
+    tower = "model.image={ timm_model_name = 'mnasnet_small', timm_proj = 'linear', image_size = 64 }"
+    run = loop.set_up(tiny("clip", tower, "data.view_size=32"), tmp_path / "run", False, loop.Ranks())
+    assert loop.batch_maker(run).make(0).images.shape == (1, 8, 32, 32, 3)
+    assert run.held_out is not None
+    assert run.held_out.images.shape[1:] == (64, 64, 3)
+    train(tiny("clip", tower, "data.view_size=32"), tmp_path / "whole", quiet=True)
+    assert load(str(tmp_path / "whole")).clip.visual.image_size in (64, (64, 64))
 
 
 # Length, device, Ctrl-C

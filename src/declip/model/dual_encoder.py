@@ -116,6 +116,7 @@ class DualEncoder(nn.Module):
             choose_parameters(self.clip, part, tune, self.tune_layers[part])
         size = self.clip.visual.image_size
         self.image_size: int = size[0] if isinstance(size, tuple) else size
+        self.view_size: int = recipe.data.view_size or self.image_size
         text_cfg = model_config(recipe.model)["text_cfg"]
         self.context_length: int = text_cfg.get("context_length", CONTEXT_LENGTH)
         self.text = text_facts(self.clip)
@@ -156,9 +157,12 @@ class DualEncoder(nn.Module):
         if recipe.terms.token_wise and self.wants_image_tokens:
             self.token_views |= set(recipe.terms.token_wise.texts)
         try:
-            self.dim, pooled, tokens = image_widths(self.clip)
-        except (AssertionError, RuntimeError, ValueError) as error:
             size = f"model.image.image_size = {self.image_size}"
+            self.dim, pooled, tokens = image_widths(self.clip, self.image_size)
+            size = f"data.view_size = {self.view_size}"
+            if self.view_size != self.image_size:
+                image_widths(self.clip, self.view_size)
+        except (AssertionError, RuntimeError, ValueError) as error:
             raise InputError(f"model.image: the tower takes no images of {size}: {first_line(error)}.") from None
         if "simclr" in terms and pooled is None:
             raise InputError("terms.simclr: this image tower gives no feature before its projection.")

@@ -114,15 +114,12 @@ def _attention_pool(pool: AttentionPool2d, grid: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def image_widths(clip: Towers) -> tuple[int, int | None, int | None]:
-    """Widths of the embedding, the pooled feature and the tokens, found by running one empty image."""
-    tower: Any = clip.visual
-    size = tower.image_size
-    height, width = size if isinstance(size, tuple) else (size, size)
+def image_widths(clip: Towers, size: int) -> tuple[int, int | None, int | None]:
+    """Widths of the embedding, the pooled feature and the tokens, found by running one empty image of that side."""
     was_training = clip.training
     clip.eval()
     parameter = next(clip.parameters())
-    encoded = encode_image(clip, torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
+    encoded = encode_image(clip, torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
     clip.train(was_training)
     embedding, pooled, tokens = (None if x is None else x.shape[-1] for x in encoded)
     return embedding or 0, pooled, tokens

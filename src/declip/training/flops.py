@@ -50,7 +50,7 @@ def pair_flops(recipe: Recipe, tokens: int) -> float:
     with FakeTensorMode(), torch.random.fork_rng(devices=[]), sdpa_kernel(SDPBackend.MATH):  # else attention is opaque
         model = DualEncoder(recipe)
         batch = Batch(
-            images=torch.zeros(recipe.image_views, pairs, model.image_size, model.image_size, 3, dtype=torch.uint8),
+            images=torch.zeros(recipe.image_views, pairs, model.view_size, model.view_size, 3, dtype=torch.uint8),
             tokens=torch.zeros(len(recipe.text_views), pairs, tokens, dtype=torch.int64),
             text_views=tuple(recipe.text_views),
             labels=None,

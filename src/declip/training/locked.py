@@ -76,7 +76,7 @@ def keep_features(
         ]
         if of_image:
             views = recipe.data.images.model_dump_json()
-            facts += [views, str(recipe.seed), str(recipe.model.image.views_kept), str(model.image_size)]
+            facts += [views, str(recipe.seed), str(recipe.model.image.views_kept), str(model.view_size)]
         else:
             facts += [str(model.context_length)]
         name = f"features of {part}s {hash_of(*facts)}"
@@ -135,8 +135,8 @@ def _check_cut(model: DualEncoder, part: Part, device: torch.device) -> None:
     was_training = model.training
     model.eval()
     if part == "image":
-        count = 6 * model.image_size**2  # no random numbers: a run that goes on has its own from here on
-        pixels = torch.linspace(-2, 2, count, device=device).reshape(2, 3, model.image_size, model.image_size).sin()
+        count = 6 * model.view_size**2  # no random numbers: a run that goes on has its own from here on
+        pixels = torch.linspace(-2, 2, count, device=device).reshape(2, 3, model.view_size, model.view_size).sin()
         whole, cut = encode_image(model.clip, pixels), model.images_above(model.images_below(pixels))
     else:
         ids = model.token_ids(["a red bird", ""]).to(device)
@@ -168,7 +168,7 @@ def _token_ends(model: DualEncoder, images: Images) -> np.ndarray:
 def _shape_of_image(model: DualEncoder) -> tuple[int, ...]:
     was_training = model.training
     model.eval()
-    nothing = torch.zeros(1, 3, model.image_size, model.image_size, device=model.mean.device)
+    nothing = torch.zeros(1, 3, model.view_size, model.view_size, device=model.mean.device)
     shape = model.images_below(nothing).shape[1:]
     model.train(was_training)
     return tuple(shape)
@@ -177,7 +177,7 @@ def _shape_of_image(model: DualEncoder) -> tuple[int, ...]:
 def _write_images(
     place: Path, model: DualEncoder, images: Images, recipe: Recipe, device: torch.device, progress: Progress | None
 ) -> None:
-    reader = _Views(images, recipe, model.image_size)
+    reader = _Views(images, recipe, model.view_size)
     shape, count = (reader.count, *_shape_of_image(model)), len(images.source)
     out = np.lib.format.open_memmap(place, mode="w+", dtype=np.float16, shape=(count, *shape))
     with _applied(model, recipe, device):

@@ -301,7 +301,7 @@ def _follow_schedule(run: Run) -> float:
 def batch_maker(run: Run) -> BatchMaker:
     """What makes this rank's part of each batch."""
     model, ranks = run.model, run.ranks
-    towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
+    towers = model.view_size, model.context_length, model.tokenizer, model.full_captions
     return BatchMaker(run.images, run.recipe, *towers, rank=ranks.rank, ranks=ranks.count, kept=run.kept)
 
 
