@@ -17,7 +17,8 @@ from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
 from declip.errors import InputError
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image, image_widths
-from declip.model.text_tower import encode_text, text_facts
+from declip.model.layers import text_above, text_below
+from declip.model.text_tower import GROUP, encode_text, text_facts
 from declip.model.towers import build_towers
 from declip.recipe import Recipe, load_recipe, parse_recipe
 
@@ -155,6 +156,26 @@ def test_bert_looks_both_ways_and_equals_open_clip(bert: Path) -> None:
         assert (encode_text(clip, changed).tokens[0, 1] - found.tokens[0, 1]).abs().max() > 1e-4  # it sees what comes
     facts = text_facts(clip)
     assert (facts.width, facts.vocabulary, facts.own_mask) == (32, 31, True)
+
+
+@pytest.mark.parametrize("pooler", ["mean_pooler", "cls_pooler"])
+def test_captions_of_like_length_run_together(bert: Path, pooler: str) -> None:
+    text = {"hf_model_name": str(bert), "hf_proj_type": "linear", "hf_pooler_type": pooler}
+    clip = build_towers(parse_recipe({"model": {"embed_dim": 16, "text": text}}).model).eval()
+    torch.manual_seed(0)
+    tokens = torch.randint(5, 31, (2 * GROUP + 5, 12))
+    lengths = torch.randint(1, 13, (len(tokens), 1))
+    tokens = tokens.masked_fill(torch.arange(12) >= lengths, 0)
+    last = clip.text.transformer.encoder.layer[-1].output.dense.weight
+    found = [encode_text(clip, tokens, whole=whole) for whole in (False, True)]
+    torch.testing.assert_close(found[0].embedding, found[1].embedding, rtol=1e-4, atol=1e-5)
+    there = (torch.arange(12) < lengths)[..., None]
+    torch.testing.assert_close(found[0].tokens * there, found[1].tokens * there, rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(one.embedding.square().sum(), last)[0] for one in found)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    states = text_below(clip, 1, tokens)
+    above = text_above(clip, 1, tokens, states)
+    torch.testing.assert_close(above.embedding, found[1].embedding, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_with_bert(bert: Path, tiny: Callable[..., Recipe], tmp_path: Path) -> None:

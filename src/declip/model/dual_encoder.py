@@ -251,7 +251,7 @@ class DualEncoder(nn.Module):
     def texts_above(self, tokens: Tensor, states: Tensor) -> EncodedTexts:
         """As `images_above`, of captions; a locked tower needs no tokens."""
         if self.tune["text"] == "last":
-            return text_above(self.clip, self.tune_layers["text"], tokens, states)
+            return text_above(self.clip, self.tune_layers["text"], tokens, states, self.whole_captions)
         return EncodedTexts(project_text(self.clip, states), states[:, None], states)
 
     def _views_above(self, kept: Tensor) -> EncodedImages:

@@ -16,7 +16,7 @@ from declip.errors import InputError
 from declip.model.depth import layers_to_top
 from declip.model.image_tower import EncodedImages, encode_image
 from declip.model.parts import Part, part_of
-from declip.model.text_tower import EncodedTexts, encode_text, is_huggingface, transformer_of
+from declip.model.text_tower import EncodedTexts, by_length, encode_text, is_huggingface, transformer_of
 from declip.model.towers import Towers
 
 _STAGES = (("layer1", "layer2", "layer3", "layer4"), ("s1", "s2", "s3", "s4"))  # of open_clip's and timm's ResNets
@@ -87,10 +87,14 @@ def text_below(clip: Towers, count: int, tokens: Tensor) -> Tensor:
     return _arriving(last_blocks(clip, "text", count)[0], lambda: encode_text(clip, tokens, whole=True))
 
 
-def text_above(clip: Towers, count: int, tokens: Tensor, states: Tensor) -> EncodedTexts:
-    """What the tower makes of captions of which `text_below` is known."""
-    with _skipped(blocks_of(clip, "text"), count, states):
-        return encode_text(clip, tokens, whole=True)
+def text_above(clip: Towers, count: int, tokens: Tensor, states: Tensor, whole: bool = False) -> EncodedTexts:
+    """What the tower makes of captions of which `text_below` is known; `whole` as `encode_text`."""
+
+    def encode(rows: Tensor | slice, length: int) -> EncodedTexts:
+        with _skipped(blocks_of(clip, "text"), count, states[rows, :length]):
+            return encode_text(clip, tokens[rows, :length], whole=True)
+
+    return by_length(clip, tokens, encode, whole)
 
 
 def _arriving(block: nn.Module, run: Callable[[], Any]) -> Tensor:

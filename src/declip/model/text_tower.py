@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,15 +69,27 @@ def encode_text(
         caption's end are then 0.
     """
     if is_huggingface(clip):
-        return _encode_huggingface(clip, tokens)
+        return by_length(clip, tokens, lambda rows, length: _encode_huggingface(clip, tokens[rows, :length]), whole)
     x = _embed(transformer_of(clip), tokens, mask_embedding)
     if not _any_length(clip):
         return _encode_padded(clip, tokens, x)
-    if whole or tokens.device.type != "cpu" or tokens.shape[0] <= GROUP:
-        return _encode_group(clip, tokens, x)
-    lengths, order = caption_lengths(tokens).sort()
+    return by_length(
+        clip, tokens, lambda rows, length: _encode_group(clip, tokens[rows, :length], x[rows, :length]), whole
+    )
+
+
+def by_length(
+    clip: Towers, tokens: Tensor, encode: Callable[[Tensor | slice, int], EncodedTexts], whole: bool
+) -> EncodedTexts:
+    """What `encode(rows, length)` makes of captions, int64 [batch, tokens], cut to a length; `whole` as `encode_text`.
+
+    On a CPU rows come in groups of like length.
+    """
+    if whole or tokens.device.type != "cpu" or tokens.shape[0] <= GROUP or needs_full_captions(clip):
+        return encode(slice(None), tokens.shape[1])
+    lengths, order = cut_lengths(tokens, text_facts(clip).pad).sort()
     groups = zip(torch.split(order, GROUP), torch.split(lengths, GROUP), strict=True)
-    encoded = [_encode_group(clip, tokens[rows, : int(own[-1])], x[rows, : int(own[-1])]) for rows, own in groups]
+    encoded = [encode(rows, int(own[-1])) for rows, own in groups]
     back = order.argsort()
     longest = tokens.shape[1]
     final = torch.cat([F.pad(some.tokens, (0, 0, 0, longest - some.tokens.shape[1])) for some in encoded])
@@ -92,11 +105,16 @@ def needs_full_captions(clip: Towers) -> bool:
 
 
 def trim(tokens: Tensor, pad: int = 0) -> Tensor:
-    """Tokens cut to the longest caption: int64 [batch, tokens] padded at the end -> [batch, longest].
+    """Tokens cut to the longest caption: int64 [batch, tokens] padded at the end -> [batch, longest]."""
+    return tokens[:, : int(cut_lengths(tokens, pad).max())]
+
+
+def cut_lengths(tokens: Tensor, pad: int) -> Tensor:
+    """Places of each caption that a tower has to see: int64 [batch], 1 at least.
 
     Where padding is not 0 one position more stays: some tokenizers pad with the end token, and the first one is read.
     """
-    return tokens[:, : int(caption_lengths(tokens, pad).max()) + (pad != 0)]
+    return (caption_lengths(tokens, pad) + (pad != 0)).clamp(1, tokens.shape[1])
 
 
 def trim_for(clip: Towers, tokens: Tensor, pad: int = 0) -> Tensor:

@@ -27,7 +27,7 @@ from declip.model.image_tower import IMAGES_AT_ONCE, encode_image
 from declip.model.layers import names_of_last
 from declip.model.parts import Part, is_projection, part_of
 from declip.model.products import by_onednn
-from declip.model.text_tower import caption_lengths, encode_text
+from declip.model.text_tower import cut_lengths, encode_text
 from declip.model.tuning import LOCKED
 from declip.progress import Progress
 from declip.recipe import Recipe
@@ -159,8 +159,7 @@ def _token_ends(model: DualEncoder, images: Images) -> np.ndarray:
     lengths: list[int] = []
     for index in range(len(source)):
         ids = model.token_ids(source.captions(index))
-        # Where padding is not 0, it may be the end token, whose first place is read: see `text_tower.trim`.
-        lengths += (caption_lengths(ids, pad) + (pad != 0)).clamp(max=ids.shape[1]).tolist()
+        lengths += cut_lengths(ids, pad).tolist()
     return np.cumsum(lengths)
 
 
