@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 RECALLS = ("text_to_image_r1", "image_to_text_r1")
-FLICKR = ("{shared}/data/flickr8k_train.parquet",), "{shared}/data/flickr8k_dev.parquet", 192
+FLICKR = ("{shared}/data/flickr8k_train.parquet",), "{shared}/data/flickr8k_dev.parquet", 224
 EMOJI = ("demo:noto", "demo:twemoji"), "demo:fluent3d", 64
 PEER = [
     *("optimizer.lr=5e-4", "optimizer.weight_decay=0.2", "optimizer.eps=1e-6", "schedule.batch_size=64"),

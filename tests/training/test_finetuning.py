@@ -10,7 +10,17 @@ import pytest
 from declip.errors import InputError
 from declip.finetune.look import sides_named
 from declip.recipe import load_recipe
-from declip.training.finetuning import Choice, Facts, Plan, Speed, batch_for, choose, epochs_for, override
+from declip.training.finetuning import (
+    Choice,
+    Facts,
+    Plan,
+    Speed,
+    batch_for,
+    choose,
+    epochs_for,
+    override,
+    view_size_for,
+)
 
 JOINT = Facts(joint=True, pairs=5400, held_out=600, captions=5.0)
 APART = replace(JOINT, joint=False)
@@ -61,6 +71,14 @@ def test_pictures_are_mirrored_where_captions_name_no_sides() -> None:
     assert sides_named(["Brightness of a copyright"]) == 0.0
     assert sides_named(["ein Hund links im Bild", "eine Katze"]) is None
     assert sides_named([]) is None
+
+
+def test_views_are_smaller_than_what_is_judged_where_the_tower_takes_any_size() -> None:
+    assert [view_size_for(size) for size in (64, 128, 192, 224, 384)] == [64, 96, 160, 192, 320]
+    any_size = replace(APART, image_size=224, any_size=True)
+    assert said(choose(any_size))["data.view_size"] == 192
+    others = (APART, replace(any_size, image_size=64), replace(any_size, joint=True))
+    assert not any("data.view_size" in said(choose(facts)) for facts in others)
 
 
 def test_a_tower_that_starts_at_random_learns_fast() -> None:

@@ -20,6 +20,7 @@ from declip.files import check_unused
 from declip.finetune.look import Look, look
 from declip.finetune.start import INITS, Start, read_name
 from declip.model.dual_encoder import DualEncoder
+from declip.model.image_tower import TAKES_NO_SUCH_SIZE, image_widths
 from declip.model.layers import blocks_of
 from declip.model.parts import Part
 from declip.model.start import first_weights, read_start
@@ -27,7 +28,7 @@ from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
 from declip.training.estimate import estimate
-from declip.training.finetuning import Facts, Plan, Speed, check_enough, choose, override
+from declip.training.finetuning import Facts, Plan, Speed, check_enough, choose, override, view_size_for
 from declip.training.pairs import check_batch, groups_of_pictures, open_pairs
 
 NOTES = "finetune.json"
@@ -156,9 +157,20 @@ def _facts_of_weights(bare: Recipe, source: Source, groups: Any, progress: Progr
         sides=found.sides,
         random=tuple(part for part, tower in towers.items() if tower is None),
         layers=_layers(model),
+        image_size=model.image_size,
+        any_size=_takes(model, view_size_for(model.image_size)),
         embed_dim=recipe.model.embed_dim if projected else None,
     )
     return facts, found
+
+
+def _takes(model: DualEncoder, size: int) -> bool:
+    """Whether the image tower takes images of that side too."""
+    try:
+        image_widths(model.clip, size)
+    except TAKES_NO_SUCH_SIZE:
+        return False
+    return True
 
 
 def _layers(model: DualEncoder) -> dict[str, int]:

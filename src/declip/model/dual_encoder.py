@@ -17,7 +17,14 @@ from declip.data.batch import Batch
 from declip.data.captions import lengthen, tokenize
 from declip.data.tokenizer import EOT, Tokenizer
 from declip.errors import InputError, first_line
-from declip.model.image_tower import EncodedImages, before_projection, encode_image, image_widths, project_image
+from declip.model.image_tower import (
+    TAKES_NO_SUCH_SIZE,
+    EncodedImages,
+    before_projection,
+    encode_image,
+    image_widths,
+    project_image,
+)
 from declip.model.layers import image_above, image_below, text_above, text_below
 from declip.model.parts import Part
 from declip.model.recompute import has_batch_norm, recompute_blocks, recomputed
@@ -162,7 +169,7 @@ class DualEncoder(nn.Module):
             size = f"data.view_size = {self.view_size}"
             if self.view_size != self.image_size:
                 image_widths(self.clip, self.view_size)
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except TAKES_NO_SUCH_SIZE as error:
             raise InputError(f"model.image: the tower takes no images of {size}: {first_line(error)}.") from None
         if "simclr" in terms and pooled is None:
             raise InputError("terms.simclr: this image tower gives no feature before its projection.")

@@ -113,9 +113,16 @@ def _attention_pool(pool: AttentionPool2d, grid: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*heads).flatten(1)  # from [batch, heads, 1, head width]
 
 
+TAKES_NO_SUCH_SIZE = (AssertionError, RuntimeError, ValueError)
+"""What towers raise on an image of another size than theirs."""
+
+
 @torch.no_grad()
 def image_widths(clip: Towers, size: int) -> tuple[int, int | None, int | None]:
-    """Widths of the embedding, the pooled feature and the tokens, found by running one empty image of that side."""
+    """Widths of the embedding, the pooled feature and the tokens, found by running one empty image of that side.
+
+    Raises one of TAKES_NO_SUCH_SIZE.
+    """
     was_training = clip.training
     clip.eval()
     parameter = next(clip.parameters())

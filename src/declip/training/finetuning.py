@@ -22,6 +22,7 @@ class Way:
     lr: of towers that start from weights; image_lr: of the image tower, where another; projection_lr: of projections
     that start at random (None: as their tower); random_lr: of a tower that starts at random
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
+    smaller_views: than the images that the tower judges, where it takes any size
     """
 
     lr: float
@@ -30,6 +31,7 @@ class Way:
     image_lr: float | None = None
     projection_lr: float | None = None
     plain_views: bool = False
+    smaller_views: bool = False
     random_lr: float = 1e-3
     start_decay: float = 0.0
     interpolate: bool = False
@@ -56,6 +58,7 @@ APART = Way(
     image_lr=6e-4,
     projection_lr=1e-3,
     plain_views=True,
+    smaller_views=True,
     pool="turn",
     why={
         "tune": "the towers have never met: their top layers have to move for a space that both share",
@@ -67,6 +70,7 @@ APART = Way(
     },
 )
 
+VIEW_SHARE, VIEW_STEP = 6 / 7, 32  # of the judged images' side, to a multiple of so many pixels
 SIDES = 0.01  # share of captions that name a side, from which pictures are not mirrored
 FEW = 50_000
 """Training pairs up to which only the last layers of two towers learn."""
@@ -99,6 +103,7 @@ class Facts:
 
     joint: both towers come from one model; random: the towers that start at random, of ``image`` and ``text``
     layers: of each tower, where they are known
+    image_size: of the image tower; any_size: whether it takes others too
     embed_dim: width of the projections that come with the weights, None where there are none
     pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
     by_picture: whether they are few enough to be split by their pictures
@@ -118,6 +123,8 @@ class Facts:
     by_picture: bool = True
     random: tuple[str, ...] = ()
     layers: Mapping[str, int] = field(default_factory=dict)
+    image_size: int = 224
+    any_size: bool = False
     embed_dim: int | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
     minutes: float | None = None
@@ -181,6 +188,11 @@ def batch_for(pairs: int) -> int:
     return max(2, min(BATCH, pairs // BATCH_SHARE))
 
 
+def view_size_for(image_size: int) -> int:
+    """Side of the training views of a tower that judges images of `image_size`; the same where that is small."""
+    return min(image_size, max(VIEW_STEP, VIEW_STEP * round(VIEW_SHARE * image_size / VIEW_STEP)))
+
+
 def _is_said(path: str, said: Mapping[str, Any]) -> bool:
     """Whether the user says it: by its path or by that of a section around it."""
     parts = path.split(".")
@@ -214,6 +226,10 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         own = facts.embed_dim is not None
         why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
         yield Choice("model.embed_dim", facts.embed_dim or way.embed_dim, why)
+    view_size = view_size_for(facts.image_size)
+    if way.smaller_views and facts.any_size and view_size < facts.image_size:
+        why = f"crops show things larger than the images of {facts.image_size} px do that it then judges"
+        yield Choice("data.view_size", view_size, why)
     if way.plain_views:
         yield Choice("data.images.jitter", 0.0, way.why["plain_views"])
     if facts.sides is not None:
