@@ -23,13 +23,12 @@ TARGET = 1.3
 CASES = {  # by name: images and their side
     "efficientnet": [(64, 160), (64, 192), (256, 160), (256, 192)],
     "resnet": [(64, 64), (256, 64)],
-    "vit": [(64, 64), (256, 64)],
 }
-RECIPES = {"resnet": "clip", "vit": "clip-vit-ti"}
+RECIPES = {"resnet": "clip"}
 
 
 def tower(name: str, size: int) -> nn.Module:
-    """EfficientNet-Lite0 with batch norm as in evaluation, or an image tower of the small recipes."""
+    """EfficientNet-Lite0 with batch norm as in evaluation, or the small ResNet."""
     if name == "efficientnet":
         import timm
 
@@ -42,7 +41,7 @@ def tower(name: str, size: int) -> nn.Module:
         from declip.recipe import load_recipe
 
         net = build_towers(load_recipe(RECIPES[name]).model).visual
-    return net if name == "vit" else net.to(memory_format=torch.channels_last)
+    return net.to(memory_format=torch.channels_last)
 
 
 def measure(name: str, batch: int, size: int, keeps: bool, repeats: int) -> dict[str, float]:
