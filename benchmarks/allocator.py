@@ -24,11 +24,10 @@ CASES = {  # by name: images and their side
     "efficientnet": [(64, 160), (64, 192), (256, 160), (256, 192)],
     "resnet": [(64, 64), (256, 64)],
 }
-RECIPES = {"resnet": "clip"}
 
 
-def tower(name: str, size: int) -> nn.Module:
-    """EfficientNet-Lite0 with batch norm as in evaluation, or the small ResNet."""
+def tower(name: str) -> nn.Module:
+    """EfficientNet-Lite0 with batch norm as in evaluation, or the ResNet of the recipe `clip`."""
     if name == "efficientnet":
         import timm
 
@@ -40,7 +39,7 @@ def tower(name: str, size: int) -> nn.Module:
         from declip.model.towers import build_towers
         from declip.recipe import load_recipe
 
-        net = build_towers(load_recipe(RECIPES[name]).model).visual
+        net = build_towers(load_recipe("clip").model).visual
     return net.to(memory_format=torch.channels_last)
 
 
@@ -51,7 +50,7 @@ def measure(name: str, batch: int, size: int, keeps: bool, repeats: int) -> dict
     if keeps and not keep_freed_memory():
         raise SystemExit("This C library is not glibc, or the environment says how malloc shall behave.")
     torch.manual_seed(0)
-    net = tower(name, size)
+    net = tower(name)
     pixels = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     for _ in range(2):
         step(net, pixels)

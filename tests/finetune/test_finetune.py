@@ -102,7 +102,6 @@ def test_two_towers_have_chance_before(first: Path, tmp_path: Path, capsys: Capt
     assert recipe.data.text.pool == "turn"
     report = (out / "report.html").read_text("utf-8")
     assert "guessing" in report
-    assert "guessing" in report
 
 
 def test_a_timm_file_and_a_hugging_face_folder(tmp_path: Path, pairs: Path, bert: Path, capsys: Capture) -> None:
