@@ -61,6 +61,7 @@ METHODS = {
     "clip": ("clip", ["model.logit_scale_cap=10"]),
     "clip, equal captions": ("clip", ["terms.contrastive.equal_captions=positives", "data.text.pool=first"]),
     "clip, a ResNet": ("clip", RESNET),
+    "clip, mixed": ("clip", ["data.mix=0.5", "terms.contrastive.equal_captions=positives", "data.text.pool=first"]),
     "clip, taught": ("clip", ["terms.distillation.teacher=somebody", "terms.distillation.images=2"]),
     "declip": ("declip", ["terms.contrastive.multi_view=0.5"]),
     "declip, reference": (

@@ -186,6 +186,8 @@ def test_declip_88m() -> None:
         ("clip", ['terms.contrastive.texts=["shouted"]'], "terms.contrastive.texts.0 = 'shouted' is wrong"),
         ("clip", ["terms.simsiam.weight=-1"], "terms.simsiam.weight = -1 is wrong"),
         ("filip", ["terms.token_wise.top_k=0"], "terms.token_wise.top_k = 0 is wrong"),
+        ("declip", ["data.mix=0.3"], "data.mix does not go with terms.nearest_neighbour: leave one of them out"),
+        ("clip", ["data.mix=0.3", "schedule.batch_size=9"], "two by two: schedule.batch_size has to be even"),
         ("declip-vit-b33", [], "There is no recipe 'declip-vit-b33': give a TOML file or one of declip-vit-b3"),
     ],
 )

@@ -88,6 +88,13 @@ class Data(Section):
         "nothing", description="equal captions (or images) that are kept out of one batch, as they are false negatives"
     )
     images: ImageViews = Field(ImageViews(), description="how image views are made")
+    mix: float = Field(
+        0.0,
+        ge=0,
+        description="mix the pictures of a batch two by two, in shares drawn from Beta(mix, mix) at each step: a mixed "
+        "picture belongs to both captions, in these shares (mixup); what is kept of resting layers is mixed, else "
+        "pixels; 0 = never",
+    )
     view_size: int | None = Field(
         None,
         gt=0,

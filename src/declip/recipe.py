@@ -25,6 +25,7 @@ from declip.safety import Safety
 from declip.terms import Contrastive, Section, Terms, TextView
 
 SELF_SUPERVISED = {"simsiam", "simclr"}
+MIXED = {"contrastive", "simsiam", "masked_language"}  # terms that know what a mixed picture is, or need not
 
 
 class Engine(Safety):
@@ -117,6 +118,10 @@ class Recipe(Section):
             self.engine.shard or self.evaluation.interpolate
         ):
             raise ValueError("tune = lora goes with neither engine.shard nor evaluation.interpolate: leave one out")
+        if self.data.mix and (odd := sorted(active.keys() - MIXED)):
+            raise ValueError(f"data.mix does not go with terms.{odd[0]}: leave one of them out")
+        if self.data.mix and self.schedule.batch_size % 2:
+            raise ValueError("data.mix mixes pictures two by two: schedule.batch_size has to be even")
         if self.model.unmasked_end and not self.model.patch_dropout:
             raise ValueError("model.unmasked_end ends model.patch_dropout, which is 0: set that too")
         return self

@@ -43,6 +43,23 @@ def test_kept_and_freshly_decoded_images_give_the_same(tiny: MakeRecipe) -> None
         assert_same(made, expected)
 
 
+def test_shares_of_mixed_pictures(tiny: MakeRecipe) -> None:
+    """Drawn for each batch, the same again and on all ranks; the views themselves are as ever."""
+    recipe = tiny("clip", "data.mix=0.3")
+    shares = [batch.own_share for batch in batches(recipe)]
+    assert shares == [batch.own_share for batch in batches(recipe, workers=1)]
+    assert len(set(shares)) == len(shares)
+    assert all(share is not None and 0 <= share <= 1 for share in shares)
+    whole = maker(recipe)
+    halves = [
+        BatchMaker(whole.images, recipe, whole.size, whole.context_length, rank=rank, ranks=2) for rank in range(2)
+    ]
+    assert [half.make(3).own_share for half in halves] == [shares[3]] * 2
+    plain = maker(tiny("clip")).make(3)
+    assert plain.own_share is None
+    assert torch.equal(whole.make(3).images, plain.images)
+
+
 def test_shapes(tiny: MakeRecipe) -> None:
     batch = maker(tiny("declip")).make(0)
     assert batch.images.dtype == torch.uint8

@@ -11,6 +11,7 @@ from made import batch, cosine, features
 from torch.nn import functional as F
 
 from declip.model.dual_encoder import Features
+from declip.objectives import contrastive
 from declip.objectives.contrastive import Contrastive, mean_of_equals, multi_view_infonce
 
 
@@ -55,6 +56,34 @@ def test_equal_captions_are_positives() -> None:
                     losses.append(-sum(math.log(shares[j]) for j in positives) / len(positives))
     loss = Contrastive(2, ["caption", "masked"], equal_positives=True)(made, shown)
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("whole", [2**19, 1])
+def test_a_mixed_picture_belongs_to_both_captions(whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against loops, from whole matrices and in chunks; with equal captions each share is spread over those."""
+    monkeypatch.setattr(contrastive, "WHOLE", whole)
+    made = features(images=2, views=["caption"], batch=6)
+    ids, share = [7, 3, 7, 7, 4, 3], 0.7
+    scale, text = float(made.logit_scale.detach()), made.text["caption"]
+    for equal in (False, True):
+        alike = [[float(ids[i] == ids[j] if equal else i == j) for j in range(6)] for i in range(6)]
+        spread = [[value / sum(row) for value in row] for row in alike]
+        target = [[share * spread[i][j] + (1 - share) * spread[i ^ 1][j] for j in range(6)] for i in range(6)]
+        losses = []
+        for image in made.image:
+            logits = [[scale * cosine(i, t) for t in text] for i in image]
+            for rows, wanted in ((logits, target), (list(zip(*logits, strict=True)), list(zip(*target, strict=True)))):
+                for row, own in zip(rows, wanted, strict=True):
+                    total = sum(map(math.exp, row))
+                    losses.append(-sum(w * math.log(math.exp(x) / total) for x, w in zip(row, own, strict=True)))
+        shown = replace(
+            batch(range(6)),
+            text_views=("caption",),
+            caption_ids=torch.tensor([ids]) if equal else None,
+            own_share=share,
+        )
+        loss = Contrastive(2, ["caption"], equal_positives=equal)(made, shown)
+        assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_different_captions_are_as_ever() -> None:

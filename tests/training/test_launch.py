@@ -107,6 +107,10 @@ def test_a_batch_that_cannot_be_split(tiny: Callable[..., Recipe], as_rank: Call
     )
     as_rank(count=16)
     assert "into 16 equal parts" in refused(tiny())
+    as_rank(count=8)
+    assert refused(tiny("clip", "data.mix=0.3")) == (
+        "data.mix mixes the pictures of a rank two by two, and each has 1: set schedule.batch_size to a multiple of 16."
+    )
 
 
 def test_sharding_needs_several_ranks(tiny: Callable[..., Recipe]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -295,6 +296,22 @@ def test_the_last_layers_go_on_from_what_is_kept(
         assert not name.startswith(("clip.token_embedding", "clip.positional_embedding", "clip.visual.conv1")), name
     assert any("resblocks.1." in name for name in own)
     assert not any("transformer.resblocks.0." in name for name in own)
+
+
+def test_what_is_kept_is_mixed(tiny: MakeRecipe, tmp_path: Path) -> None:
+    run = set_up(
+        tiny("clip", "model.image.layers=2", *TWO_LAYERS, *LAST, "data.mix=0.5"), tmp_path / "run", False, loop.Ranks()
+    )
+    model, batch = run.model.eval(), batch_maker(run).make(0)
+    assert batch.kept_images is not None
+    assert batch.own_share is not None
+    rows = batch.kept_images[0].float()
+    partners = rows[[1, 0, 3, 2, 5, 4, 7, 6]]
+    with torch.no_grad():
+        expected = model.images_above(batch.own_share * rows + (1 - batch.own_share) * partners).embedding
+        torch.testing.assert_close(model(batch).image[0], expected)
+    summary = declip.train(run.recipe, tmp_path / "trained", quiet=True)
+    assert math.isfinite(summary["held_out_score"])
 
 
 def test_the_end_token_is_kept_where_captions_are_padded_with_it(tiny: MakeRecipe, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Batch:
         `images` then have no pixels
     kept_texts: float16 [text views, batch, width] likewise, and `tokens` have no places; or, where only the last
         layers of the text tower learn, [text views, batch, tokens, width]
+    own_share: with `data.mix`, share of each image that is its own in the mixture with its partner's; else None
     teacher_images: float32 [batch, width], a teacher's embedding of each image; NaN where it has none
     teacher_texts: float32 [batch, width], that of the caption view
     """
@@ -40,6 +41,7 @@ class Batch:
     draws: Tensor | None = None
     kept_images: Tensor | None = None
     kept_texts: Tensor | None = None
+    own_share: float | None = None
     teacher_images: Tensor | None = None
     teacher_texts: Tensor | None = None
 

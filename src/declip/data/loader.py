@@ -143,9 +143,15 @@ class BatchMaker(Dataset[Batch | InputError]):
             kept_texts=None
             if self.kept.texts is None
             else torch.from_numpy(self.kept.captions(shown, tokens.shape[2])[None]),
+            own_share=self._own_share(number),
             teacher_images=_rows(self.kept.teacher_images, pairs),
             teacher_texts=_rows(self.kept.teacher_texts, shown),
         )
+
+    def _own_share(self, number: int) -> float | None:
+        """Of the images of global batch `number`: the same on all ranks."""
+        alpha = self.recipe.data.mix
+        return float(np.random.default_rng([self.recipe.seed, number, 3]).beta(alpha, alpha)) if alpha else None
 
     def _readable(
         self, index: int, place: int, taken: set[int], broken: list[tuple[int, str, str]]

@@ -26,6 +26,7 @@ from declip.model.image_tower import (
     project_image,
 )
 from declip.model.layers import image_above, image_below, text_above, text_below
+from declip.model.mixing import mixed
 from declip.model.parts import Part
 from declip.model.recompute import has_batch_norm, recompute_blocks, recomputed
 from declip.model.text_tower import (
@@ -182,8 +183,13 @@ class DualEncoder(nn.Module):
 
         Floating-point images are taken as normalised already.
         """
-        images = images.permute(0, 3, 1, 2)
-        return images if images.is_floating_point() else (images.float() - self.mean) / self.std
+        return self._normalised(images).permute(0, 3, 1, 2)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """[…, 3]"""
+        if images.is_floating_point():
+            return images
+        return (images.float() - self.mean.flatten()) / self.std.flatten()
 
     def train(self, mode: bool = True) -> DualEncoder:
         super().train(mode)
@@ -193,7 +199,7 @@ class DualEncoder(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> Features:
-        image = self._encode_views(batch.images) if batch.kept_images is None else self._views_above(batch.kept_images)
+        image = self._encode_views(batch) if batch.kept_images is None else self._views_above(batch)
         views, size = len(batch.text_views), batch.sample_ids.shape[0]
         ids = batch.tokens.flatten(0, 1)
         if batch.kept_texts is None:
@@ -261,14 +267,19 @@ class DualEncoder(nn.Module):
             return text_above(self.clip, self.tune_layers["text"], tokens, states, self.whole_captions)
         return EncodedTexts(project_text(self.clip, states), states[:, None], states)
 
-    def _views_above(self, kept: Tensor) -> EncodedImages:
-        """[image views, batch, …] of `images_below`; every output gets the two leading dimensions."""
+    def _views_above(self, batch: Batch) -> EncodedImages:
+        """Of what `images_below` has given; every output is [image views, batch, …]."""
+        assert batch.kept_images is not None
+        kept = batch.kept_images if batch.own_share is None else mixed(batch.kept_images, batch.own_share)
         found = self.images_above(kept.flatten(0, 1).float())
         wanted = found.embedding, found.pooled if self.wants_pooled else None, found.tokens
         return EncodedImages(*(None if x is None else torch.unflatten(x, 0, kept.shape[:2]) for x in wanted))  # type: ignore[arg-type]
 
-    def _encode_views(self, images: Tensor) -> EncodedImages:
-        """uint8 [image views, batch, height, width, 3]; every output gets the two leading dimensions."""
+    def _encode_views(self, batch: Batch) -> EncodedImages:
+        """Of pixels; every output is [image views, batch, …]."""
+        images = batch.images
+        if batch.own_share is not None:
+            images = mixed(self._normalised(images), batch.own_share)
         if self.views_apart:
             apart = [self._encode_images(view) for view in images]
             return EncodedImages(*(None if x[0] is None else torch.stack(x) for x in zip(*apart, strict=True)))  # type: ignore[arg-type]
@@ -276,7 +287,7 @@ class DualEncoder(nn.Module):
         return EncodedImages(*(None if x is None else torch.unflatten(x, 0, images.shape[:2]) for x in together))  # type: ignore[arg-type]
 
     def _encode_images(self, images: Tensor) -> EncodedImages:
-        """uint8 [batch, height, width, 3]"""
+        """uint8 [batch, height, width, 3], or float, normalised"""
 
         def encode(some: Tensor) -> EncodedImages:
             embedding, pooled, tokens = encode_image(self.clip, self.pixels(some))

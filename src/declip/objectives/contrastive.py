@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
+from declip.model.mixing import of_partners
 from declip.objectives.cross_entropy import cross_entropy, cross_entropy_both_ways
 
 # Logits of a cell, up to which all cells as whole matrices are faster than in chunks: fewer, larger operations.
@@ -36,6 +37,7 @@ def multi_view_infonce(
     caption_ids: Tensor | None = None,
     candidates: tuple[Tensor, Tensor] | None = None,
     first: int = 0,
+    own_share: float = 1.0,
 ) -> Tensor:
     """Mean symmetric InfoNCE over every image view × text view (DeCLIP, eq. 5 and 6; CLIP where each is one).
 
@@ -54,6 +56,8 @@ def multi_view_infonce(
         arXiv:2204.03610), with the caption in the place of the class.
     candidates: images and texts of a larger batch, [views, all, dim] each, in which the rows stand from `first` on (the
         batches of all processes); by default the rows themselves. `caption_ids` are then [text views, all].
+    own_share: of each image that is its own; the rest is its partner's (`model/mixing.py`), whose text is its positive
+        to the same share
     """
     batch, scaled = images.shape[1], logit_scale * images
     all_images, all_texts = (images, texts) if candidates is None else candidates
@@ -66,11 +70,12 @@ def multi_view_infonce(
         there = [cross_entropy(image, text, right) for image in scaled for text in all_texts]
         back = [cross_entropy(logit_scale * text, image, right) for image in all_images for text in texts]
         losses = (torch.stack(there) + torch.stack(back)) / 2
-    if caption_ids is not None:
-        means = mean_of_equals(all_texts, caption_ids)
-        # A target shared among equals is Σ_ij e_ij s · I_i T_j, with e_ij = e_ji: one sum over all rows for both ways.
-        moved = texts - means[:, first : first + batch]
-        losses = losses + (scaled[:, None] * moved).sum(dim=(-2, -1)).flatten() / batch
+    if caption_ids is not None or own_share != 1:
+        # Shared targets are Σ_ij e_ij s · I_i T_j, where e sums to one over each i and each j: one sum for both ways.
+        wanted = texts if caption_ids is None else mean_of_equals(all_texts, caption_ids)[:, first : first + batch]
+        if own_share != 1:
+            wanted = own_share * wanted + (1 - own_share) * of_partners(wanted, dim=1)
+        losses = losses + (scaled[:, None] * (texts - wanted)).sum(dim=(-2, -1)).flatten() / batch
     if multi_view is None or len(losses) == 1:
         return losses.mean()
     return losses[0] + multi_view * losses[1:].mean()
@@ -121,5 +126,6 @@ class Contrastive(nn.Module):
             # This rank's rows against the columns of all ranks, both ways: the work is shared, not repeated.
             candidates = ranks.gather(images, dim=1), features.global_texts(self.texts)
         first = ranks.rank * images.shape[1]
+        own_share = 1.0 if batch.own_share is None else batch.own_share
         scale = features.logit_scale
-        return multi_view_infonce(images, texts, scale, self.multi_view, ids, candidates, first)
+        return multi_view_infonce(images, texts, scale, self.multi_view, ids, candidates, first, own_share)

@@ -59,6 +59,12 @@ def joined_ranks(recipe: Recipe) -> Iterator[Ranks]:
             f"schedule.batch_size = {recipe.schedule.batch_size} cannot be split into {ranks.count} equal parts, one "
             f"for each rank: set it to a multiple of {ranks.count}."
         )
+    own = recipe.schedule.batch_size // ranks.count
+    if recipe.data.mix and own % 2:
+        raise InputError(
+            f"data.mix mixes the pictures of a rank two by two, and each has {own}: set "
+            f"schedule.batch_size to a multiple of {2 * ranks.count}."
+        )
     device = local_device(recipe.engine.device)
     try:
         _meet(device)
