@@ -52,15 +52,33 @@ def test_a_whole_model_is_bent_and_two_towers_are_joined() -> None:
     assert "data.text.pool" not in said(choose(replace(APART, captions=1.0)))
 
 
-def test_on_few_pairs_the_last_layers_of_two_towers_learn() -> None:
-    known = replace(APART, layers={"image": 16, "text": 6})
-    found = said(choose(known))
+def test_the_last_layers_alone_learn_where_all_would_take_too_long() -> None:
+    """Of few pairs, and two towers whose layers are known; what is said counts."""
+    short = replace(APART, layers={"image": 16, "text": 6}, minutes=10.0, whole_seconds=0.02)
+    found = said(choose(short))
     assert (found["model.image.tune"], found["model.image.tune_layers"]) == ("last", 5)
     assert (found["model.text.tune"], found["model.text.tune_layers"]) == ("last", 3)
-    for all_learn in (replace(known, layers={}), replace(known, pairs=10**6), replace(known, joint=True)):
+    assert "--minutes 10" in next(choice for choice in choose(short) if choice.path == "model.image.tune").reason
+    others = (
+        *(replace(short, minutes=None), replace(short, minutes=30.0), replace(short, whole_seconds=0.01)),
+        *(replace(short, layers={}), replace(short, joint=True), replace(short, pairs=10**6)),
+        *(replace(short, random=("image",)), replace(short, said={"schedule.epochs": 10})),
+    )
+    for all_learn in others:
         found = said(choose(all_learn))
-        assert found["model.image.tune"] == "all"
-        assert "model.image.tune_layers" not in found
+        assert found["model.text.tune"] == "all"
+        assert "model.text.tune_layers" not in found
+    late = replace(short, whole_seconds=0.01, spent=300.0)
+    assert said(choose(late))["model.image.tune"] == "last"
+
+
+def test_pictures_are_mixed_where_the_terms_know_what_that_is() -> None:
+    assert said(choose(APART))["data.mix"] == 0.3
+    assert "data.mix" not in said(choose(JOINT))
+    mixed = {"terms.contrastive.equal_captions": "positives", "schedule.batch_size": 64}
+    assert "data.mix" in said(choose(replace(APART, said=mixed)))
+    for other in ({"terms.nearest_neighbour.weight": 0.2}, {"terms": None}, {"schedule.batch_size": 63}):
+        assert "data.mix" not in said(choose(replace(APART, said=other)))
 
 
 def test_pictures_are_mirrored_where_captions_name_no_sides() -> None:
@@ -89,11 +107,11 @@ def test_a_tower_that_starts_at_random_learns_fast() -> None:
 
 
 def test_length_and_batch_follow_the_number_of_pairs() -> None:
-    assert epochs_for(6000) == 9
-    assert [epochs_for(n) for n in (20, 1500, 24_000, 10**7)] == [40, 18, 4, 1]
-    assert [batch_for(n) for n in (10, 18, 100, 2048, 10**6)] == [2, 2, 12, 256, 256]
+    assert epochs_for(6000, 9) == 9
+    assert [epochs_for(n, 9) for n in (20, 1500, 24_000, 10**7)] == [40, 18, 4, 1]
+    assert [batch_for(n) for n in (10, 18, 90, 100, 2048, 10**6)] == [2, 2, 10, 12, 256, 256]
     few = said(choose(replace(JOINT, pairs=90, held_out=10)))
-    assert few["schedule.batch_size"] == 11
+    assert few["schedule.batch_size"] == 10
     assert few["evaluation.every"] == 0.05
 
 
@@ -130,7 +148,7 @@ def test_minutes_shorten_the_run_and_never_make_it_longer() -> None:
     slow = replace(JOINT, minutes=10.0, speed=Speed(3.0, 2.0, 256))
     found = choose(slow)
     epochs, scores = said(found)["schedule.epochs"], round(1 / said(found)["evaluation.every"])
-    assert epochs < epochs_for(5400)
+    assert epochs < epochs_for(5400, 9)
     steps = epochs * 5400 / 256
     assert 0.85 * 600 < steps * 3.0 + (scores + 11 + 4) * 2.0 < 600  # eleven mixtures, and judging after
     late = said(choose(replace(slow, spent=300.0)))["schedule.epochs"]

@@ -28,11 +28,24 @@ from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
 from declip.training.estimate import estimate
-from declip.training.finetuning import Facts, Plan, Speed, check_enough, choose, override, view_size_for
+from declip.training.finetuning import (
+    Facts,
+    Plan,
+    Speed,
+    check_enough,
+    choose,
+    may_be_short,
+    override,
+    view_size_for,
+)
 from declip.training.pairs import check_batch, groups_of_pictures, open_pairs
 
 NOTES = "finetune.json"
 """In the run folder: what was found out about the pairs, and the plan with its reasons."""
+
+
+FEW_PAIRS = 32
+"""Pairs of a step that only shows how long all layers take."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,9 @@ def _planned(
     recipe = _recipe(start, plan, own)
     check_batch(recipe, train)
     if asked.minutes:
+        if may_be_short(facts):
+            facts = replace(facts, whole_seconds=_whole_seconds(recipe), spent=time.perf_counter() - asked.began)
+            recipe = _recipe(start, choose(facts), own)
         speed = _speed(recipe, progress)
         plan = choose(replace(facts, speed=speed, spent=time.perf_counter() - asked.began))
         recipe = _recipe(start, plan, own)
@@ -187,6 +203,15 @@ def _speed(recipe: Recipe, progress: Progress | None) -> Speed:
     found = estimate(recipe, keep=True, progress=progress)  # what is kept may take longer than all steps
     gc.collect()  # the model that was timed
     return Speed(found["seconds_per_step"], found["seconds_per_score"], found["batch_size"])
+
+
+def _whole_seconds(recipe: Recipe) -> float:
+    """That a pair takes where all layers learn, from a few small steps."""
+    small = recipe.schedule.model_copy(update={"batch_size": min(FEW_PAIRS, recipe.schedule.batch_size)})
+    alone = recipe.data.model_copy(update={"validation": [], "holdout": 0.0})
+    seconds: float = 1 / estimate(recipe.model_copy(update={"schedule": small, "data": alone}))["samples_per_second"]
+    gc.collect()
+    return seconds
 
 
 def _tests(asked: Asked) -> list[TestSet]:

@@ -18,13 +18,15 @@ from declip.errors import InputError
 class Way:
     """How towers are tuned.
 
-    last: which share of a tower's layers learns, on few pairs; None: all learn, as do all on many pairs
+    epochs: passes over AT_PAIRS training pairs
+    last: which share of a tower's layers learns where all would take too long, on few pairs; None: all learn always
     lr: of towers that start from weights; image_lr: of the image tower, where another; projection_lr: of projections
     that start at random (None: as their tower); random_lr: of a tower that starts at random
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
-    smaller_views: than the images that the tower judges, where it takes any size
+    smaller_views: than the images that the tower judges, where it takes any size; mix: pictures, as `data.mix` says
     """
 
+    epochs: float
     lr: float
     layer_decay: float
     last: Mapping[str, float] | None = None
@@ -32,6 +34,7 @@ class Way:
     projection_lr: float | None = None
     plain_views: bool = False
     smaller_views: bool = False
+    mix: float = 0.0
     random_lr: float = 1e-3
     start_decay: float = 0.0
     interpolate: bool = False
@@ -41,6 +44,7 @@ class Way:
 
 
 JOINT = Way(
+    epochs=9,
     lr=1e-5,
     layer_decay=0.75,
     start_decay=1.0,
@@ -52,6 +56,7 @@ JOINT = Way(
     },
 )
 APART = Way(
+    epochs=24,
     lr=3e-4,
     layer_decay=0.8,
     last={"image": 1 / 3, "text": 1 / 2},
@@ -59,10 +64,11 @@ APART = Way(
     projection_lr=1e-3,
     plain_views=True,
     smaller_views=True,
+    mix=0.3,
     pool="turn",
     why={
-        "tune": "the towers have never met: their top layers have to move for a space that both share",
-        "last": "the top has to move for a space that both share; what the rest gives is computed once and kept",
+        "tune": "the towers have never met, and all their layers have something to learn for a space that both share",
+        "last": "the top moves for a space that both share; what the rest gives is computed once and kept",
         "lr": "for towers that have learnt already, a third of what the new projections get",
         "image_lr": "pictures are further from captions than captions are",
         "plain_views": "the towers know colours already, and captions name them",
@@ -73,11 +79,13 @@ APART = Way(
 VIEW_SHARE, VIEW_STEP = 6 / 7, 32  # of the judged images' side, to a multiple of so many pixels
 SIDES = 0.01  # share of captions that name a side, from which pictures are not mirrored
 FEW = 50_000
-"""Training pairs up to which only the last layers of two towers learn."""
+"""Training pairs up to which the last layers of two towers alone may learn: what the others give is kept on disk."""
+ENOUGH = 1 / 4
+"""Share of the epochs that has to fit into the user's minutes for all layers to learn."""
 LEAST_PAIRS = 20
 """Pairs below which nothing can be learnt and judged."""
 BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of the training pairs
-EPOCHS, AT_PAIRS, POWER = 9, 6_000, 0.5  # epochs at so many pairs; fewer for more pairs, by this power of their ratio
+AT_PAIRS, POWER = 6_000, 0.5  # a way's epochs are for so many pairs; fewer for more, by this power of their ratio
 MOST_EPOCHS, LEAST_EPOCHS = 40, 1
 WEIGHT_DECAY = 0.1
 PATIENCE = 5  # held-out scores without a better one
@@ -111,6 +119,7 @@ class Facts:
         the words are known of
     said: what the user or the recipe says, by path; the rules say nothing of these
     minutes, speed: for all, and what a few steps took; None where time does not matter
+    whole_seconds: that a pair takes where all layers learn; None where time does not matter
     spent: seconds that are gone already
     """
 
@@ -129,6 +138,7 @@ class Facts:
     said: Mapping[str, Any] = field(default_factory=dict)
     minutes: float | None = None
     speed: Speed | None = None
+    whole_seconds: float | None = None
     spent: float = 0.0
 
 
@@ -174,18 +184,18 @@ def check_enough(pairs: int) -> None:
         )
 
 
-def epochs_for(pairs: int) -> float:
-    """Passes over so many training pairs: 9 at 6,000, more over fewer and fewer over more, by the root of the ratio.
+def epochs_for(pairs: int, at_pairs: float) -> float:
+    """Passes over so many training pairs: `at_pairs` over AT_PAIRS, more over fewer, fewer over more.
 
-    A short run over few pairs is too few steps, a long one learns them by heart.
+    By the root of the ratio: a short run over few pairs is too few steps, a long one learns them by heart.
     """
-    found: float = EPOCHS * (AT_PAIRS / pairs) ** POWER
+    found: float = at_pairs * (AT_PAIRS / pairs) ** POWER
     return min(MOST_EPOCHS, max(LEAST_EPOCHS, round(found) if found >= 3 else round(found, 1)))
 
 
 def batch_for(pairs: int) -> int:
-    """Pairs of a step."""
-    return max(2, min(BATCH, pairs // BATCH_SHARE))
+    """Pairs of a step; even, so that they can be mixed two by two."""
+    return max(2, min(BATCH, pairs // BATCH_SHARE) // 2 * 2)
 
 
 def view_size_for(image_size: int) -> int:
@@ -216,10 +226,11 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         if tower in facts.random:
             continue
         layers = facts.layers.get(tower, 0)
-        if way.last is None or layers < 2 or facts.pairs > FEW:
+        if not _is_short(facts) or way.last is None or layers < 2:
             yield Choice(f"model.{tower}.tune", "all", way.why["tune"])
             continue
-        yield Choice(f"model.{tower}.tune", "last", way.why["last"])
+        why = f"--minutes {facts.minutes:g} are too few for all layers: {way.why['last']}"
+        yield Choice(f"model.{tower}.tune", "last", why)
         count = max(1, round(way.last[tower] * layers))
         yield Choice(f"model.{tower}.tune_layers", count, f"of {layers}")
     if not facts.joint:
@@ -230,6 +241,8 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
     if way.smaller_views and facts.any_size and view_size < facts.image_size:
         why = f"crops show things larger than the images of {facts.image_size} px do that it then judges"
         yield Choice("data.view_size", view_size, why)
+    if way.mix and _can_mix(facts.said):
+        yield Choice("data.mix", way.mix, "what lies between two pictures cannot be learnt by heart: more epochs pay")
     if way.plain_views:
         yield Choice("data.images.jitter", 0.0, way.why["plain_views"])
     if facts.sides is not None:
@@ -269,6 +282,27 @@ def _of_rates(facts: Facts, way: Way) -> Iterator[Choice]:
         )
 
 
+def _can_mix(said: Mapping[str, Any]) -> bool:
+    """Whether pictures may be mixed two by two: other terms than the rules' do not all know mixed ones."""
+    ours = all(path.startswith("terms.contrastive.") for path in said if path.partition(".")[0] == "terms")
+    return ours and said.get("schedule.batch_size", 2) % 2 == 0
+
+
+def may_be_short(facts: Facts) -> bool:
+    """Whether the time that all layers take decides about which of them learn."""
+    asked = all(_is_said(f"model.{tower}.tune", facts.said) for tower in ("image", "text"))
+    return facts.minutes is not None and not facts.joint and not facts.random and facts.pairs <= FEW and not asked
+
+
+def _is_short(facts: Facts) -> bool:
+    """Whether the user's minutes are too few for all layers."""
+    if not may_be_short(facts) or facts.whole_seconds is None:
+        return False
+    assert facts.minutes is not None
+    passes = (USED * 60 * facts.minutes - facts.spent) / (facts.whole_seconds * facts.pairs)
+    return passes < ENOUGH * (_said_epochs(facts) or epochs_for(facts.pairs, APART.epochs))
+
+
 def _goes_back(facts: Facts) -> bool:
     """Whether a run may come back to its start."""
     return not facts.said.get("engine.shard")
@@ -283,7 +317,7 @@ def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
     batch = batch_for(facts.pairs)
     why = f"fewer than {BATCH}, so that an epoch has {BATCH_SHARE} steps at least"
     yield Choice("schedule.batch_size", batch, "as many pairs to tell apart as usual" if batch == BATCH else why)
-    epochs = _said_epochs(facts) or epochs_for(facts.pairs)
+    epochs = _said_epochs(facts) or epochs_for(facts.pairs, way.epochs)
     why = f"for {facts.pairs:,} pairs"
     scores = _between(SCORES, ceil(epochs)) if facts.held_out else 0
     timed = facts.minutes is not None and facts.speed is not None
