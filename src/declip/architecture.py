@@ -104,6 +104,11 @@ class Model(Section):
         None, description="start of the logit bias that the sigmoid term needs (SigLIP: -10); not set: no bias"
     )
     freeze_patch_embedding: bool = Field(False, description="keep a ViT's random patch projection (MoCo v3, reference)")
+    freeze_batch_norm: bool = Field(
+        False,
+        description="batch norms of the towers keep the statistics that they start with, which come from far more "
+        "pictures than those of fine-tuning; their scales learn",
+    )
     views_apart: bool = Field(
         False, description="run the image tower once a view, so that batch norm sees one view at a time (reference)"
     )

@@ -81,6 +81,12 @@ def test_pictures_are_mixed_where_the_terms_know_what_that_is() -> None:
         assert "data.mix" not in said(choose(replace(APART, said=other)))
 
 
+def test_statistics_of_pretrained_batch_norms_stay() -> None:
+    assert said(choose(replace(APART, batch_norms=True)))["model.freeze_batch_norm"] is True
+    for facts in (APART, replace(APART, batch_norms=True, random=("image",)), replace(JOINT, batch_norms=True)):
+        assert "model.freeze_batch_norm" not in said(choose(facts))
+
+
 def test_pictures_are_mirrored_where_captions_name_no_sides() -> None:
     assert "data.images.flip" not in said(choose(APART))
     assert said(choose(replace(APART, sides=0.004)))["data.images.flip"] == 0.5

@@ -107,6 +107,20 @@ def test_batch_norm_in_a_tower_is_no_surprise(folder: Path) -> None:
         DualEncoder(recipe_of(folder, "clip", *RESNET, "engine.micro_batch=3"))
 
 
+def test_frozen_batch_norms_are_the_same_in_pieces(folder: Path) -> None:
+    frozen = [*RESNET, "model.freeze_batch_norm=true"]
+    whole = found(folder, "clip", *frozen)
+    assert_same(found(folder, "clip", *frozen, "engine.micro_batch=3"), whole)
+    norms = {name: tensor for name, tensor in whole["buffers"].items() if "running_mean" in name}
+    assert norms
+    assert all(not tensor.any() for tensor in norms.values())  # as at the start
+    scales = [g for name, g in whole["gradients"][0].items() if name.endswith("bn1.weight")]
+    assert scales
+    assert all(gradient is not None and gradient.any() for gradient in scales)
+    with pytest.raises(InputError, match=r"freeze_batch_norm: these towers have no batch norms"):
+        DualEncoder(recipe_of(folder, "clip", "model.freeze_batch_norm=true"))
+
+
 def test_compiling_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match=r"engine\.compile does not go with engine\.micro_batch"):
         recipe_of(folder, "clip", "engine.compile=true", "engine.micro_batch=3")

@@ -23,6 +23,7 @@ from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import TAKES_NO_SUCH_SIZE, image_widths
 from declip.model.layers import blocks_of
 from declip.model.parts import Part
+from declip.model.recompute import has_batch_norm
 from declip.model.start import first_weights, read_start
 from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe, said_in
@@ -175,6 +176,7 @@ def _facts_of_weights(bare: Recipe, source: Source, groups: Any, progress: Progr
         layers=_layers(model),
         image_size=model.image_size,
         any_size=_takes(model, view_size_for(model.image_size)),
+        batch_norms=has_batch_norm(model.clip.visual),
         embed_dim=recipe.model.embed_dim if projected else None,
     )
     return facts, found

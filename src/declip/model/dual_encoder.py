@@ -39,7 +39,7 @@ from declip.model.text_tower import (
 )
 from declip.model.tokenizer import build_tokenizer
 from declip.model.towers import CONTEXT_LENGTH, build_towers, model_config, patch_dropouts
-from declip.model.tuning import choose_parameters, rest
+from declip.model.tuning import choose_parameters, rest, rest_batch_norms
 from declip.ranks import ALONE, Ranks
 from declip.recipe import Recipe
 
@@ -131,8 +131,11 @@ class DualEncoder(nn.Module):
         self.tokenizer = build_tokenizer(text_cfg, self.text.vocabulary)
         self.logit_scale_range, self.logit_scale_cap = recipe.model.logit_scale_range, recipe.model.logit_scale_cap
         self.views_apart = recipe.model.views_apart
-        self.micro_batch = recipe.engine.micro_batch
-        if self.micro_batch and recipe.engine.sync_batch_norm and has_batch_norm(self.clip):
+        self.micro_batch, self.freeze_batch_norm = recipe.engine.micro_batch, recipe.model.freeze_batch_norm
+        batch_norms = has_batch_norm(self.clip)
+        if self.freeze_batch_norm and not batch_norms:
+            raise InputError("model.freeze_batch_norm: these towers have no batch norms: leave it out.")
+        if self.micro_batch and batch_norms and recipe.engine.sync_batch_norm and not self.freeze_batch_norm:
             raise InputError(
                 "engine.micro_batch: batch norm in the towers would see one micro-batch at a time: allow it with "
                 "engine.sync_batch_norm=false, or leave engine.micro_batch out."
@@ -153,6 +156,7 @@ class DualEncoder(nn.Module):
         self.mask_embedding = nn.Parameter(torch.randn(self.text.width) * 0.02) if own else None
         for name, value in zip(("mean", "std"), pixel_statistics(recipe.model.normalization), strict=True):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1) * 255, persistent=False)
+        self.train()  # what rests does from the start
 
     def _read_terms(self, recipe: Recipe) -> None:
         """What the recipe's terms ask for beyond embeddings; raises InputError where a tower cannot give it."""
@@ -196,6 +200,8 @@ class DualEncoder(nn.Module):
         for part, tune in self.tune.items():
             if tune != "all":
                 rest(self.clip, part)
+        if self.freeze_batch_norm:
+            rest_batch_norms(self.clip)
         return self
 
     def forward(self, batch: Batch) -> Features:

@@ -13,6 +13,7 @@ from declip.architecture import Tune
 from declip.errors import InputError
 from declip.model.layers import names_of_last
 from declip.model.parts import Part, is_projection, part_of
+from declip.model.recompute import BatchNorm
 from declip.model.towers import Towers
 
 LOCKED = ("projection", "nothing")
@@ -45,6 +46,13 @@ def rest(clip: Towers, part: Part) -> None:
     """Dropout and batch norms of a tower that does not learn as a whole behave as in a finished model."""
     for name, module in clip.named_children():
         if part_of(name) == part:
+            module.eval()
+
+
+def rest_batch_norms(clip: Towers) -> None:
+    """Batch norms of both towers take the statistics that they have, and keep them; called in training mode."""
+    for module in clip.modules():
+        if isinstance(module, BatchNorm):
             module.eval()
 
 

@@ -24,6 +24,7 @@ class Way:
     that start at random (None: as their tower); random_lr: of a tower that starts at random
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
     smaller_views: than the images that the tower judges, where it takes any size; mix: pictures, as `data.mix` says
+    frozen_norms: batch norms keep their statistics
     """
 
     epochs: float
@@ -35,6 +36,7 @@ class Way:
     plain_views: bool = False
     smaller_views: bool = False
     mix: float = 0.0
+    frozen_norms: bool = False
     random_lr: float = 1e-3
     start_decay: float = 0.0
     interpolate: bool = False
@@ -65,6 +67,7 @@ APART = Way(
     plain_views=True,
     smaller_views=True,
     mix=0.3,
+    frozen_norms=True,
     pool="turn",
     why={
         "tune": "the towers have never met, and all their layers have something to learn for a space that both share",
@@ -111,7 +114,7 @@ class Facts:
 
     joint: both towers come from one model; random: the towers that start at random, of ``image`` and ``text``
     layers: of each tower, where they are known
-    image_size: of the image tower; any_size: whether it takes others too
+    image_size: of the image tower; any_size: whether it takes others too; batch_norms: whether it has such
     embed_dim: width of the projections that come with the weights, None where there are none
     pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
     by_picture: whether they are few enough to be split by their pictures
@@ -134,6 +137,7 @@ class Facts:
     layers: Mapping[str, int] = field(default_factory=dict)
     image_size: int = 224
     any_size: bool = False
+    batch_norms: bool = False
     embed_dim: int | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
     minutes: float | None = None
@@ -241,6 +245,9 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
     if way.smaller_views and facts.any_size and view_size < facts.image_size:
         why = f"crops show things larger than the images of {facts.image_size} px do that it then judges"
         yield Choice("data.view_size", view_size, why)
+    if way.frozen_norms and facts.batch_norms and "image" not in facts.random:
+        why = "statistics of the pictures that the weights come from, which were far more"
+        yield Choice("model.freeze_batch_norm", True, why)
     if way.mix and _can_mix(facts.said):
         yield Choice("data.mix", way.mix, "what lies between two pictures cannot be learnt by heart: more epochs pay")
     if way.plain_views:
