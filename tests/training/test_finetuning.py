@@ -81,6 +81,15 @@ def test_pictures_are_mixed_where_the_terms_know_what_that_is() -> None:
         assert "data.mix" not in said(choose(replace(APART, said=other)))
 
 
+def test_two_captions_where_there_are_several_and_none_is_kept() -> None:
+    found = said(choose(APART))
+    assert found["terms.contrastive.texts"] == ["caption", "augmented"]
+    assert found["data.text.synonym"] == found["data.text.swap"] == found["data.text.deletion"] == 0
+    short = replace(APART, layers={"image": 16, "text": 6}, minutes=10.0, whole_seconds=1.0)
+    for facts in (JOINT, replace(APART, captions=1.0), short, replace(APART, said={"terms": None})):
+        assert not {"terms.contrastive.texts", "data.text.swap"} & said(choose(facts)).keys()
+
+
 def test_statistics_of_pretrained_batch_norms_stay() -> None:
     assert said(choose(replace(APART, batch_norms=True)))["model.freeze_batch_norm"] is True
     for facts in (APART, replace(APART, batch_norms=True, random=("image",)), replace(JOINT, batch_norms=True)):

@@ -24,7 +24,7 @@ class Way:
     that start at random (None: as their tower); random_lr: of a tower that starts at random
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
     smaller_views: than the images that the tower judges, where it takes any size; mix: pictures, as `data.mix` says
-    frozen_norms: batch norms keep their statistics
+    frozen_norms: batch norms keep their statistics; two_captions: of each picture in a step, where all layers learn
     """
 
     epochs: float
@@ -37,6 +37,7 @@ class Way:
     smaller_views: bool = False
     mix: float = 0.0
     frozen_norms: bool = False
+    two_captions: bool = False
     random_lr: float = 1e-3
     start_decay: float = 0.0
     interpolate: bool = False
@@ -68,6 +69,7 @@ APART = Way(
     smaller_views=True,
     mix=0.3,
     frozen_norms=True,
+    two_captions=True,
     pool="turn",
     why={
         "tune": "the towers have never met, and all their layers have something to learn for a space that both share",
@@ -81,6 +83,7 @@ APART = Way(
 
 VIEW_SHARE, VIEW_STEP = 6 / 7, 32  # of the judged images' side, to a multiple of so many pixels
 SIDES = 0.01  # share of captions that name a side, from which pictures are not mirrored
+TWO = 1.9  # captions an image, from which there are two for nearly all
 FEW = 50_000
 """Training pairs up to which the last layers of two towers alone may learn: what the others give is kept on disk."""
 ENOUGH = 1 / 4
@@ -261,6 +264,11 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         )
     if facts.captions > 1:
         several = f"{facts.captions:.1f} captions an image: "
+        alone = not _own_terms(facts.said) and not _is_short(facts)
+        if way.two_captions and alone and facts.captions >= TWO:
+            yield Choice("terms.contrastive.texts", ["caption", "augmented"], several + "two in each step say more")
+            for change in ("synonym", "swap", "deletion"):
+                yield Choice(f"data.text.{change}", 0.0, "the second is another caption, not a changed one")
         turn = several + ("each is seen equally often" if way.pool == "turn" else "one is drawn each time")
         yield Choice("data.text.pool", way.pool, turn)
 
@@ -289,10 +297,14 @@ def _of_rates(facts: Facts, way: Way) -> Iterator[Choice]:
         )
 
 
+def _own_terms(said: Mapping[str, Any]) -> bool:
+    """Whether the user or the recipe says which terms there are."""
+    return not all(path.startswith("terms.contrastive.") for path in said if path.partition(".")[0] == "terms")
+
+
 def _can_mix(said: Mapping[str, Any]) -> bool:
-    """Whether pictures may be mixed two by two: other terms than the rules' do not all know mixed ones."""
-    ours = all(path.startswith("terms.contrastive.") for path in said if path.partition(".")[0] == "terms")
-    return ours and said.get("schedule.batch_size", 2) % 2 == 0
+    """Whether pictures may be mixed two by two: not all other terms than the rules' know mixed ones."""
+    return not _own_terms(said) and said.get("schedule.batch_size", 2) % 2 == 0
 
 
 def may_be_short(facts: Facts) -> bool:
