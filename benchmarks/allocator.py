@@ -45,7 +45,7 @@ def tower(name: str) -> nn.Module:
 
 def measure(name: str, batch: int, size: int, keeps: bool, repeats: int) -> dict[str, float]:
     """Images per second, GB at most, and pages that were brought in at a step."""
-    from declip.training.allocator import keep_freed_memory
+    from declip.memory import keep_freed_memory
 
     if keeps and not keep_freed_memory():
         raise SystemExit("This C library is not glibc, or the environment says how malloc shall behave.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from declip.data.apart import Apart, CaptionFeatures, ImageFeatures, text_hash
 from declip.data.batch import Batch
@@ -24,6 +23,7 @@ from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.sources import BrokenPair, Concatenation
 from declip.data.tokenizer import CaptionTokenizer, Tokenizer
 from declip.data.words import augment, load_synonyms
+from declip.data.workers import read_ahead
 from declip.errors import InputError, RunStopped, first_line
 from declip.recipe import Recipe
 
@@ -245,15 +245,13 @@ class OfItems:
 
 def make_loader(maker: BatchMaker, first: int, steps: int, workers: int) -> Iterator[Batch]:
     """Batches `first` … `steps - 1`, made `workers` processes ahead of the training step."""
-    loader = DataLoader(
+    loader = read_ahead(
         maker,
-        batch_size=None,
-        sampler=range(first, steps),
+        range(first, steps),
+        workers,
         generator=torch.Generator(),  # else it draws from the global one, and a resumed run's dropout would differ
-        num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_quiet_worker if workers else None,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
     with _deaths_between_steps():
         batches = iter(loader)

@@ -6,17 +6,17 @@ Images are decoded and brought to the model's size by loader processes while the
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from declip.data.decode import decode_image
 from declip.data.sources import BrokenPair, Source
+from declip.data.workers import read_ahead
 from declip.errors import InputError
 from declip.progress import Progress
 
@@ -129,16 +129,7 @@ def _items(reader: _Reader, count: int, workers: int | None) -> Iterator[_Item]:
         yield from map(reader.read, range(count))
         return
     ranges = [range(start, min(start + _READ_AT_ONCE, count)) for start in range(0, count, _READ_AT_ONCE)]
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=ranges,
-        num_workers=workers,
-        prefetch_factor=8,
-        worker_init_fn=_one_thread,
-        multiprocessing_context="fork" if sys.platform == "linux" else None,
-    )
-    for items in loader:
+    for items in read_ahead(reader, ranges, workers, prefetch_factor=8, worker_init_fn=_one_thread):
         yield from items
 
 

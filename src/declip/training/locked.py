@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from declip.data.decoded import Images
 from declip.data.kept import Kept, States
 from declip.data.sources import BrokenPair, Source
 from declip.data.storage import Storage
+from declip.data.workers import read_ahead
 from declip.errors import InputError
 from declip.files import write_atomically
 from declip.model.dual_encoder import DualEncoder
@@ -258,15 +259,7 @@ class _Views(Dataset[tuple[range, np.ndarray, np.ndarray]]):
 def _loaded(reader: _Views, count: int, workers: int) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
     step = max(1, IMAGES_AT_ONCE // reader.count)
     ranges = [range(start, min(start + step, count)) for start in range(0, count, step)]
-    loader = DataLoader(
-        reader,
-        batch_size=None,
-        sampler=ranges,
-        collate_fn=lambda found: found,
-        num_workers=workers,
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-    )
-    yield from loader
+    yield from read_ahead(reader, ranges, workers, collate_fn=lambda found: found)
 
 
 def _in_half(states: Tensor, part: str) -> States:

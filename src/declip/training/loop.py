@@ -19,6 +19,7 @@ from declip.data.kept import Kept
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import Source
 from declip.errors import Diverged, InputError, Preempted, RunStopped
+from declip.memory import keep_freed_memory
 from declip.model.dual_encoder import DualEncoder
 from declip.model.start import Start, first_weights, load_towers, read_start
 from declip.model.tuning import add_adapters
@@ -26,7 +27,6 @@ from declip.objectives.objective import Objective, build_objective
 from declip.progress import progress_bar
 from declip.ranks import Ranks
 from declip.recipe import Recipe
-from declip.training.allocator import keep_freed_memory
 from declip.training.batch_norm import synchronise
 from declip.training.checkpoint import check_run, make_run
 from declip.training.distributed import (

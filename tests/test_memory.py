@@ -10,7 +10,7 @@ import pytest
 PAGES = """
 import resource, sys
 import torch
-from declip.training.allocator import keep_freed_memory
+from declip.memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
@@ -22,7 +22,27 @@ for _ in range(4):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
-SAID = "from declip.training.allocator import keep_freed_memory; print(keep_freed_memory())"
+RESIDENT = """
+from pathlib import Path
+import torch
+from declip.data.workers import read_ahead
+from declip.memory import keep_freed_memory
+
+def resident():
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS:"))
+    return int(line.split()[1]) // 1024
+
+class Items(torch.utils.data.Dataset):
+    def __getitem__(self, item):
+        return resident()
+
+assert keep_freed_memory()
+at_first = resident()
+torch.ones(2**27)  # 512 MB, freed at once
+print(resident() - at_first, next(iter(read_ahead(Items(), range(1), 1))) - at_first, resident() - at_first)
+"""
+
+SAID = "from declip.memory import keep_freed_memory; print(keep_freed_memory())"
 
 
 def python(*arguments: str, **environment: str) -> str:
@@ -37,6 +57,14 @@ def python(*arguments: str, **environment: str) -> str:
 def test_freed_memory_is_not_paged_in_again() -> None:
     given_back, kept = int(python(PAGES, "give back")), int(python(PAGES, "keep"))
     assert kept < given_back / 10
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_loader_processes_inherit_no_freed_memory() -> None:
+    kept, of_worker, left = map(int, python(RESIDENT).split())
+    assert kept > 450
+    assert of_worker < 100
+    assert left < 100
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
