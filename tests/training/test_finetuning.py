@@ -86,7 +86,8 @@ def test_two_captions_where_there_are_several_and_none_is_kept() -> None:
     assert found["terms.contrastive.texts"] == ["caption", "augmented"]
     assert found["data.text.synonym"] == found["data.text.swap"] == found["data.text.deletion"] == 0
     short = replace(APART, layers={"image": 16, "text": 6}, minutes=10.0, whole_seconds=1.0)
-    for facts in (JOINT, replace(APART, captions=1.0), short, replace(APART, said={"terms": None})):
+    own = (replace(APART, said=said) for said in ({"terms": None}, {"model.text.tune": "last"}))
+    for facts in (JOINT, replace(APART, captions=1.0), short, *own):
         assert not {"terms.contrastive.texts", "data.text.swap"} & said(choose(facts)).keys()
 
 

@@ -178,7 +178,8 @@ def choose(facts: Facts) -> Plan:
     """
     check_enough(facts.pairs + (facts.held_out if facts.splits else 0))
     way = JOINT if facts.joint else APART
-    plan = [*_of_pairs(facts), *_of_towers(facts, way), *_of_rates(facts, way), *_of_length(facts, way)]
+    plan = [*_of_pairs(facts), *_of_towers(facts, way), *_of_views(facts, way)]
+    plan += [*_of_rates(facts, way), *_of_length(facts, way)]
     return [choice for choice in plan if not _is_said(choice.path, facts.said)]
 
 
@@ -244,13 +245,16 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         own = facts.embed_dim is not None
         why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
         yield Choice("model.embed_dim", facts.embed_dim or way.embed_dim, why)
+    if way.frozen_norms and facts.batch_norms and "image" not in facts.random:
+        why = "statistics of the pictures that the weights come from, which were far more"
+        yield Choice("model.freeze_batch_norm", True, why)
+
+
+def _of_views(facts: Facts, way: Way) -> Iterator[Choice]:
     view_size = view_size_for(facts.image_size)
     if way.smaller_views and facts.any_size and view_size < facts.image_size:
         why = f"crops show things larger than the images of {facts.image_size} px do that it then judges"
         yield Choice("data.view_size", view_size, why)
-    if way.frozen_norms and facts.batch_norms and "image" not in facts.random:
-        why = "statistics of the pictures that the weights come from, which were far more"
-        yield Choice("model.freeze_batch_norm", True, why)
     if way.mix and _can_mix(facts.said):
         yield Choice("data.mix", way.mix, "what lies between two pictures cannot be learnt by heart: more epochs pay")
     if way.plain_views:
@@ -264,8 +268,7 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         )
     if facts.captions > 1:
         several = f"{facts.captions:.1f} captions an image: "
-        alone = not _own_terms(facts.said) and not _is_short(facts)
-        if way.two_captions and alone and facts.captions >= TWO:
+        if way.two_captions and facts.captions >= TWO and _can_see_two(facts):
             yield Choice("terms.contrastive.texts", ["caption", "augmented"], several + "two in each step say more")
             for change in ("synonym", "swap", "deletion"):
                 yield Choice(f"data.text.{change}", 0.0, "the second is another caption, not a changed one")
@@ -305,6 +308,12 @@ def _own_terms(said: Mapping[str, Any]) -> bool:
 def _can_mix(said: Mapping[str, Any]) -> bool:
     """Whether pictures may be mixed two by two: not all other terms than the rules' know mixed ones."""
     return not _own_terms(said) and said.get("schedule.batch_size", 2) % 2 == 0
+
+
+def _can_see_two(facts: Facts) -> bool:
+    """Whether two captions of a picture may be seen: the terms are ours, and nothing of the text tower is kept."""
+    whole = facts.said.get("model.text.tune", "last" if _is_short(facts) else "all") == "all"
+    return whole and not _own_terms(facts.said)
 
 
 def may_be_short(facts: Facts) -> bool:
