@@ -141,10 +141,11 @@ def test_what_the_user_says_wins() -> None:
 
 @pytest.mark.parametrize("own", [{"model.text.tune": "lora"}, {"engine.shard": True}])
 def test_what_does_not_go_with_the_users_choice_is_left_out(own: dict[str, Any]) -> None:
-    found = choose(replace(JOINT, said=own))
-    assert "evaluation.interpolate" not in said(found)
     given = [override(path, value) for path, value in own.items()]
-    load_recipe("clip", [*(choice.override for choice in found), *given, "model.init=x"])
+    for facts, init in ((JOINT, ["model.init=x"]), (APART, ["model.image.init=x", "model.text.init=y"])):
+        found = choose(replace(facts, said=own))
+        assert "evaluation.interpolate" not in said(found)
+        load_recipe("clip", [*(choice.override for choice in found), *given, *init])
 
 
 def test_without_held_out_pairs_nothing_is_chosen_by_them() -> None:

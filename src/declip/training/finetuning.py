@@ -24,7 +24,7 @@ class Way:
     that start at random (None: as their tower); random_lr: of a tower that starts at random
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
     smaller_views: than the images that the tower judges, where it takes any size; mix: pictures, as `data.mix` says
-    frozen_norms: batch norms keep their statistics; two_captions: of each picture in a step, where all layers learn
+    ema: of the weights; frozen_norms: batch norms keep their statistics; two_captions: of each picture in a step, where all layers learn
     """
 
     epochs: float
@@ -36,6 +36,7 @@ class Way:
     plain_views: bool = False
     smaller_views: bool = False
     mix: float = 0.0
+    ema: float = 0.0
     frozen_norms: bool = False
     two_captions: bool = False
     random_lr: float = 1e-3
@@ -68,6 +69,7 @@ APART = Way(
     plain_views=True,
     smaller_views=True,
     mix=0.3,
+    ema=0.98,
     frozen_norms=True,
     two_captions=True,
     pool="turn",
@@ -288,6 +290,9 @@ def _of_rates(facts: Facts, way: Way) -> Iterator[Choice]:
         yield Choice("optimizer.layer_decay", way.layer_decay, way.why["layer_decay"])
     yield Choice("optimizer.lr_batch", BATCH, f"rates are for {BATCH} pairs a step, and lowered for fewer")
     yield Choice("optimizer.weight_decay", WEIGHT_DECAY, "few pairs are learnt by heart without")
+    if way.ema and not facts.said.get("engine.shard"):
+        why = "held-out scores of an average of the last steps say sooner how good the end will be"
+        yield Choice("optimizer.ema", way.ema, why)
     if _goes_back(facts) and way.start_decay:
         yield Choice(
             "optimizer.start_decay", way.start_decay, "what these pairs do not ask for stays as it was (L2-SP)"
