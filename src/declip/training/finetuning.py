@@ -24,7 +24,8 @@ class Way:
     that start at random (None: as their tower); random_lr: of a tower that starts at random
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
     smaller_views: than the images that the tower judges, where it takes any size; mix: pictures, as `data.mix` says
-    ema: of the weights; frozen_norms: batch norms keep their statistics; two_captions: of each picture in a step, where all layers learn
+    ema: average of the weights; frozen_norms: batch norms keep their statistics
+    two_captions: of each picture in a step, where all layers learn
     """
 
     epochs: float
@@ -290,10 +291,10 @@ def _of_rates(facts: Facts, way: Way) -> Iterator[Choice]:
         yield Choice("optimizer.layer_decay", way.layer_decay, way.why["layer_decay"])
     yield Choice("optimizer.lr_batch", BATCH, f"rates are for {BATCH} pairs a step, and lowered for fewer")
     yield Choice("optimizer.weight_decay", WEIGHT_DECAY, "few pairs are learnt by heart without")
-    if way.ema and not facts.said.get("engine.shard"):
+    if way.ema and _is_whole(facts):
         why = "held-out scores of an average of the last steps say sooner how good the end will be"
         yield Choice("optimizer.ema", way.ema, why)
-    if _goes_back(facts) and way.start_decay:
+    if _is_whole(facts) and way.start_decay:
         yield Choice(
             "optimizer.start_decay", way.start_decay, "what these pairs do not ask for stays as it was (L2-SP)"
         )
@@ -336,14 +337,14 @@ def _is_short(facts: Facts) -> bool:
     return passes < ENOUGH * (_said_epochs(facts) or epochs_for(facts.pairs, APART.epochs))
 
 
-def _goes_back(facts: Facts) -> bool:
-    """Whether a run may come back to its start."""
+def _is_whole(facts: Facts) -> bool:
+    """Whether each process holds all weights: nothing else can average them or go back to their start."""
     return not facts.said.get("engine.shard")
 
 
 def _mixes(facts: Facts, way: Way) -> bool:
     adapted = "lora" in (facts.said.get("model.image.tune"), facts.said.get("model.text.tune"))
-    return way.interpolate and _goes_back(facts) and facts.held_out > 0 and not adapted
+    return way.interpolate and _is_whole(facts) and facts.held_out > 0 and not adapted
 
 
 def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
