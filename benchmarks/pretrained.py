@@ -89,6 +89,8 @@ STUDIES: dict[str, list[tuple[str, ...]]] = {
         ("data.images.crop_scale=[0.9,1.0]",),
         ("schedule.batch_size=128",),
         ("optimizer.kind=muon", "optimizer.lr=1e-3", "optimizer.image_lr=2e-3", "optimizer.projection_lr=4e-3"),
+        ("data.mix=0",),
+        ("optimizer.ema=0",),
         ("terms.nearest_neighbour.weight=0.2",),
     ],
 }

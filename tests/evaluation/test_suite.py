@@ -283,7 +283,7 @@ def test_what_a_report_shows(tmp_path: Path) -> None:
 
 
 def test_few_pairs_start_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "DataLoader", lambda *_, **__: pytest.fail("a loader for 8 pairs"))
+    monkeypatch.setattr(embedding, "read_ahead", lambda *_, **__: pytest.fail("a loader for 8 pairs"))
     evaluation.evaluate(Colours(), shades(tmp_path / "t.parquet", 8))
 
 
