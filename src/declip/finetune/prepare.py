@@ -45,7 +45,7 @@ NOTES = "finetune.json"
 """In the run folder: what was found out about the pairs, and the plan with its reasons."""
 
 
-FEW_PAIRS = 32
+TIMED_PAIRS = 32
 """Pairs of a step that only shows how long all layers take."""
 
 
@@ -209,7 +209,7 @@ def _speed(recipe: Recipe, progress: Progress | None) -> Speed:
 
 def _whole_seconds(recipe: Recipe) -> float:
     """That a pair takes where all layers learn, from a few small steps."""
-    small = recipe.schedule.model_copy(update={"batch_size": min(FEW_PAIRS, recipe.schedule.batch_size)})
+    small = recipe.schedule.model_copy(update={"batch_size": min(TIMED_PAIRS, recipe.schedule.batch_size)})
     alone = recipe.data.model_copy(update={"validation": [], "holdout": 0.0})
     seconds: float = 1 / estimate(recipe.model_copy(update={"schedule": small, "data": alone}))["samples_per_second"]
     gc.collect()
