@@ -10,17 +10,8 @@ import pytest
 from declip.errors import InputError
 from declip.finetune.look import sides_named
 from declip.recipe import load_recipe
-from declip.training.finetuning import (
-    Choice,
-    Facts,
-    Plan,
-    Speed,
-    batch_for,
-    choose,
-    epochs_for,
-    override,
-    view_size_for,
-)
+from declip.training.finetuning import batch_for, choose, epochs_for, is_short, may_be_short, view_size_for
+from declip.training.plan import Choice, Facts, Plan, Speed, override
 
 JOINT = Facts(joint=True, pairs=5400, held_out=600, captions=5.0)
 APART = replace(JOINT, joint=False)
@@ -52,24 +43,32 @@ def test_a_whole_model_is_bent_and_two_towers_are_joined() -> None:
     assert "data.text.pool" not in said(choose(replace(APART, captions=1.0)))
 
 
+def timed(facts: Facts, pair_seconds: float) -> Facts:
+    """The facts after the steps that say whether all layers can learn."""
+    return replace(facts, short=may_be_short(facts) and is_short(facts, pair_seconds))
+
+
 def test_the_last_layers_alone_learn_where_all_would_take_too_long() -> None:
     """Of few pairs, and two towers whose layers are known; what is said counts."""
-    short = replace(APART, layers={"image": 16, "text": 6}, minutes=10.0, whole_seconds=0.02)
-    found = said(choose(short))
+    short = replace(APART, layers={"image": 16, "text": 6}, minutes=10.0)
+    found = said(choose(timed(short, 0.02)))
     assert (found["model.image.tune"], found["model.image.tune_layers"]) == ("last", 5)
     assert (found["model.text.tune"], found["model.text.tune_layers"]) == ("last", 3)
-    assert "--minutes 10" in next(choice for choice in choose(short) if choice.path == "model.image.tune").reason
+    plan = choose(timed(short, 0.02))
+    assert "--minutes 10" in next(choice for choice in plan if choice.path == "model.image.tune").reason
     others = (
-        *(replace(short, minutes=None), replace(short, minutes=30.0), replace(short, whole_seconds=0.01)),
-        *(replace(short, layers={}), replace(short, joint=True), replace(short, pairs=10**6)),
+        *(replace(short, minutes=None), replace(short, minutes=30.0), replace(short, layers={})),
+        *(replace(short, joint=True), replace(short, pairs=10**6)),
         *(replace(short, random=("image",)), replace(short, said={"schedule.epochs": 10})),
     )
-    for all_learn in others:
+    for all_learn in (timed(short, 0.01), *(timed(other, 0.02) for other in others)):
         found = said(choose(all_learn))
         assert found["model.text.tune"] == "all"
         assert "model.text.tune_layers" not in found
-    late = replace(short, whole_seconds=0.01, spent=300.0)
+    late = timed(replace(short, spent=300.0), 0.01)
     assert said(choose(late))["model.image.tune"] == "last"
+    # What was decided stays, whatever the timing of the steps then takes.
+    assert said(choose(replace(timed(short, 0.01), spent=300.0)))["model.image.tune"] == "all"
 
 
 def test_pictures_are_mixed_where_the_terms_know_what_that_is() -> None:
@@ -85,7 +84,7 @@ def test_two_captions_where_there_are_several_and_none_is_kept() -> None:
     found = said(choose(APART))
     assert found["terms.contrastive.texts"] == ["caption", "augmented"]
     assert found["data.text.synonym"] == found["data.text.swap"] == found["data.text.deletion"] == 0
-    short = replace(APART, layers={"image": 16, "text": 6}, minutes=10.0, whole_seconds=1.0)
+    short = timed(replace(APART, layers={"image": 16, "text": 6}, minutes=10.0), 1.0)
     own = (replace(APART, said=said) for said in ({"terms": None}, {"model.text.tune": "last"}))
     for facts in (JOINT, replace(APART, captions=1.0), short, *own):
         assert not {"terms.contrastive.texts", "data.text.swap"} & said(choose(facts)).keys()

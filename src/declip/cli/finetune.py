@@ -88,7 +88,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     if is_rank():
         raise InputError("declip finetune trains as one process; for several, train DIR/recipe.toml with declip train.")
     from declip.finetune.prepare import Asked
-    from declip.training.finetuning import override
+    from declip.training.plan import override
 
     columns = {"data.image": args.image, "data.captions": args.captions, "data.key": args.key}
     own = [override(path, value) for path, value in columns.items() if value]

@@ -29,22 +29,12 @@ from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
 from declip.training.estimate import estimate
-from declip.training.finetuning import (
-    Facts,
-    Plan,
-    Speed,
-    check_enough,
-    choose,
-    may_be_short,
-    override,
-    view_size_for,
-)
+from declip.training.finetuning import check_enough, choose, is_short, may_be_short, view_size_for
 from declip.training.pairs import check_batch, groups_of_pictures, open_pairs
+from declip.training.plan import Facts, Plan, Speed, override
 
 NOTES = "finetune.json"
 """In the run folder: what was found out about the pairs, and the plan with its reasons."""
-
-
 TIMED_PAIRS = 32
 """Pairs of a step that only shows how long all layers take."""
 
@@ -132,7 +122,9 @@ def _planned(
     check_batch(recipe, train)
     if asked.minutes:
         if may_be_short(facts):
-            facts = replace(facts, whole_seconds=_whole_seconds(recipe), spent=time.perf_counter() - asked.began)
+            seconds = _pair_seconds(recipe)
+            facts = replace(facts, spent=time.perf_counter() - asked.began)
+            facts = replace(facts, short=is_short(facts, seconds))
             recipe = _recipe(start, choose(facts), own)
         speed = _speed(recipe, progress)
         plan = choose(replace(facts, speed=speed, spent=time.perf_counter() - asked.began))
@@ -207,8 +199,8 @@ def _speed(recipe: Recipe, progress: Progress | None) -> Speed:
     return Speed(found["seconds_per_step"], found["seconds_per_score"], found["batch_size"])
 
 
-def _whole_seconds(recipe: Recipe) -> float:
-    """That a pair takes where all layers learn, from a few small steps."""
+def _pair_seconds(recipe: Recipe) -> float:
+    """What a pair takes, from a few small steps."""
     small = recipe.schedule.model_copy(update={"batch_size": min(TIMED_PAIRS, recipe.schedule.batch_size)})
     alone = recipe.data.model_copy(update={"validation": [], "holdout": 0.0})
     seconds: float = 1 / estimate(recipe.model_copy(update={"schedule": small, "data": alone}))["samples_per_second"]

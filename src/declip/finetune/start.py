@@ -9,7 +9,7 @@ from typing import Any
 
 from declip.errors import InputError
 from declip.recipe import said_in_file, shipped
-from declip.training.finetuning import override
+from declip.training.plan import override
 
 BASE = "clip"
 """The recipe of models that bring none."""

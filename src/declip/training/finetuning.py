@@ -5,13 +5,13 @@ All numbers stand at the top; `choose` is a pure function of the facts. What a u
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
 from declip.errors import InputError
+from declip.training.plan import Choice, Facts, Plan
 
 
 @dataclass(frozen=True)
@@ -105,75 +105,6 @@ AFTER = 4  # held-out scores' time that judging the finished model takes, in flo
 JUDGED = 0.25  # of that time at most for held-out scores
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What was timed: a step of `batch_size` pairs, and a held-out score; in seconds."""
-
-    seconds_per_step: float
-    seconds_per_score: float
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the rules look at.
-
-    joint: both towers come from one model; random: the towers that start at random, of ``image`` and ``text``
-    layers: of each tower, where they are known
-    image_size: of the image tower; any_size: whether it takes others too; batch_norms: whether it has such
-    embed_dim: width of the projections that come with the weights, None where there are none
-    pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
-    by_picture: whether they are few enough to be split by their pictures
-    captions: of an image, on average; sides: share of them that name a side, None where they are in no language that
-        the words are known of
-    said: what the user or the recipe says, by path; the rules say nothing of these
-    minutes, speed: for all, and what a few steps took; None where time does not matter
-    whole_seconds: that a pair takes where all layers learn; None where time does not matter
-    spent: seconds that are gone already
-    """
-
-    joint: bool
-    pairs: int
-    held_out: int
-    captions: float = 1.0
-    sides: float | None = None
-    splits: bool = True
-    by_picture: bool = True
-    random: tuple[str, ...] = ()
-    layers: Mapping[str, int] = field(default_factory=dict)
-    image_size: int = 224
-    any_size: bool = False
-    batch_norms: bool = False
-    embed_dim: int | None = None
-    said: Mapping[str, Any] = field(default_factory=dict)
-    minutes: float | None = None
-    speed: Speed | None = None
-    whole_seconds: float | None = None
-    spent: float = 0.0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A field of the recipe by its path, its value, and why."""
-
-    path: str
-    value: Any
-    reason: str
-
-    @property
-    def override(self) -> str:
-        """As `load_recipe` takes it."""
-        return override(self.path, self.value)
-
-
-Plan = list[Choice]
-
-
-def override(path: str, value: Any) -> str:
-    """``path=value``, the value in TOML's words."""
-    return f"{path}={'none' if value is None else json.dumps(value, ensure_ascii=False)}"
-
-
 def choose(facts: Facts) -> Plan:
     """What the recipe shall say, in the order of a table; nothing of what `facts.said` says already.
 
@@ -237,7 +168,7 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         if tower in facts.random:
             continue
         layers = facts.layers.get(tower, 0)
-        if not _is_short(facts) or way.last is None or layers < 2:
+        if not facts.short or way.last is None or layers < 2:
             yield Choice(f"model.{tower}.tune", "all", way.why["tune"])
             continue
         why = f"--minutes {facts.minutes:g} are too few for all layers: {way.why['last']}"
@@ -318,7 +249,7 @@ def _can_mix(said: Mapping[str, Any]) -> bool:
 
 def _can_see_two(facts: Facts) -> bool:
     """Whether two captions of a picture may be seen: the terms are ours, and nothing of the text tower is kept."""
-    whole = facts.said.get("model.text.tune", "last" if _is_short(facts) else "all") == "all"
+    whole = facts.said.get("model.text.tune", "last" if facts.short else "all") == "all"
     return whole and not _own_terms(facts.said)
 
 
@@ -328,12 +259,10 @@ def may_be_short(facts: Facts) -> bool:
     return facts.minutes is not None and not facts.joint and not facts.random and facts.pairs <= FEW and not asked
 
 
-def _is_short(facts: Facts) -> bool:
-    """Whether the user's minutes are too few for all layers."""
-    if not may_be_short(facts) or facts.whole_seconds is None:
-        return False
+def is_short(facts: Facts, pair_seconds: float) -> bool:
+    """Whether the user's minutes are too few for all layers, with which a pair takes so many seconds."""
     assert facts.minutes is not None
-    passes = (USED * 60 * facts.minutes - facts.spent) / (facts.whole_seconds * facts.pairs)
+    passes = (USED * 60 * facts.minutes - facts.spent) / (pair_seconds * facts.pairs)
     return passes < ENOUGH * (_said_epochs(facts) or epochs_for(facts.pairs, APART.epochs))
 
 

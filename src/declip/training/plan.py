@@ -1,0 +1,77 @@
+"""What the rules of `declip finetune` look at, and what they say: facts, choices, a plan."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was timed: a step of `batch_size` pairs, and a held-out score; in seconds."""
+
+    seconds_per_step: float
+    seconds_per_score: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules look at.
+
+    joint: both towers come from one model; random: the towers that start at random, of ``image`` and ``text``
+    layers: of each tower, where they are known
+    image_size: of the image tower; any_size: whether it takes others too; batch_norms: whether it has such
+    embed_dim: width of the projections that come with the weights, None where there are none
+    pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
+    by_picture: whether they are few enough to be split by their pictures
+    captions: of an image, on average; sides: share of them that name a side, None where they are in no language that
+        the words are known of
+    said: what the user or the recipe says, by path; the rules say nothing of these
+    minutes, speed: for all, and what a few steps took; None where time does not matter
+    short: whether the minutes are too few for all layers, as `is_short` says once
+    spent: seconds that are gone already
+    """
+
+    joint: bool
+    pairs: int
+    held_out: int
+    captions: float = 1.0
+    sides: float | None = None
+    splits: bool = True
+    by_picture: bool = True
+    random: tuple[str, ...] = ()
+    layers: Mapping[str, int] = field(default_factory=dict)
+    image_size: int = 224
+    any_size: bool = False
+    batch_norms: bool = False
+    embed_dim: int | None = None
+    said: Mapping[str, Any] = field(default_factory=dict)
+    minutes: float | None = None
+    speed: Speed | None = None
+    short: bool = False
+    spent: float = 0.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A field of the recipe by its path, its value, and why."""
+
+    path: str
+    value: Any
+    reason: str
+
+    @property
+    def override(self) -> str:
+        """As `load_recipe` takes it."""
+        return override(self.path, self.value)
+
+
+Plan = list[Choice]
+
+
+def override(path: str, value: Any) -> str:
+    """``path=value``, the value in TOML's words."""
+    return f"{path}={'none' if value is None else json.dumps(value, ensure_ascii=False)}"
