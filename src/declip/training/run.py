@@ -311,7 +311,7 @@ class Run:
             "training_pairs": len(self.images.source),
             "steps": self.step,
             "pairs_seen": pairs_seen,
-            "seconds": round(self.seconds, 1),
+            "seconds": round(self.seconds, 2),
             "samples_per_second": round(pairs_seen / max(self.seconds, 1e-9), 1),
             "peak_memory_gb": round(self.peak_memory / 2**30, 2),
             "held_out_score": None if self.held_out is None else round(self.best_score, 2),
