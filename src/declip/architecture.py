@@ -11,7 +11,7 @@ from declip.terms import Section
 Triple = tuple[float, float, float]
 Tune = Literal["all", "last", "lora", "biases", "projection", "nothing"]
 OURS = frozenset(
-    {"init", "tune", "tune_layers", "lora_rank", "views_kept", "kept"}
+    {"init", "classes", "tune", "tune_layers", "lora_rank", "views_kept", "kept"}
 )  # fields that are no words of open_clip's
 
 
@@ -39,6 +39,12 @@ class ImageTower(_Tower):
         None,
         description="weights to start from: a timm name, a weight file of model.image.timm_model_name, or the image "
         "tower of whatever declip evaluate opens; architecture and pixels follow them",
+    )
+    classes: str | None = Field(
+        None,
+        description="what the classes are called that init, timm's weights, was trained to tell apart: imagenet (its "
+        "1,000), or a text file with a name a line in their order; both projections then start in a space where "
+        "pictures lie by these names",
     )
     views_kept: int = Field(
         4,

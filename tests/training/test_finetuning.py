@@ -96,6 +96,13 @@ def test_statistics_of_pretrained_batch_norms_stay() -> None:
         assert "model.freeze_batch_norm" not in said(choose(facts))
 
 
+def test_towers_meet_by_the_names_of_imagenets_classes() -> None:
+    knows = replace(APART, classes=1000, sides=0.0)
+    assert said(choose(knows))["model.image.classes"] == "imagenet"
+    for facts in (replace(knows, classes=21841), replace(knows, sides=None), replace(knows, joint=True)):
+        assert "model.image.classes" not in said(choose(facts))
+
+
 def test_pictures_are_mirrored_where_captions_name_no_sides() -> None:
     assert "data.images.flip" not in said(choose(APART))
     assert said(choose(replace(APART, sides=0.004)))["data.images.flip"] == 0.5

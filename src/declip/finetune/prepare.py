@@ -19,6 +19,7 @@ from declip.evaluation.sets import TestSet
 from declip.files import check_unused
 from declip.finetune.look import Look, look
 from declip.finetune.start import INITS, Start, read_name
+from declip.model.classes import classes_of
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import TAKES_NO_SUCH_SIZE, image_widths
 from declip.model.layers import blocks_of
@@ -169,6 +170,7 @@ def _facts_of_weights(bare: Recipe, source: Source, groups: Any, progress: Progr
         image_size=model.image_size,
         any_size=_takes(model, view_size_for(model.image_size)),
         batch_norms=has_batch_norm(model.clip.visual),
+        classes=classes_of(model, weights),
         embed_dim=recipe.model.embed_dim if projected else None,
     )
     return facts, found

@@ -63,6 +63,7 @@ class TowerStart:
     where: what messages call it; kind: whose names the tensors have
     tensors: by their names inside the tower: timm's trunk, the Hugging Face model, else open_clip's tower with its
         projection
+    classifier: [classes, width], of a timm network that comes with one
     """
 
     where: str
@@ -70,6 +71,7 @@ class TowerStart:
     facts: _Facts
     tensors: dict[str, Tensor]
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    classifier: Tensor | None = None
     quick_gelu: bool | None = None
     projected_to: int | None = None
     custom_text: bool = False
@@ -182,9 +184,10 @@ def _from_timm(name: str, tensors: dict[str, Tensor] | None, where: str) -> Towe
             raise InputError(f"{where}: timm cannot fetch its weights: {first_line(error)}.") from None
     classifier = (config.classifier,) if isinstance(config.classifier, str) else tuple(config.classifier or ())
     trunk = {name: t for name, t in tensors.items() if not name.startswith(tuple(f"{one}." for one in classifier))}
+    rows = next((tensors[f"{one}.weight"].flatten(1) for one in classifier if f"{one}.weight" in tensors), None)
     usual = {"timm_pool": "", "timm_proj": "linear", "image_size": config.input_size[-1]}
     facts = _Facts({"timm_model_name": name}, usual)
-    return TowerStart(where, "timm", facts, trunk, (tuple(config.mean), tuple(config.std)))
+    return TowerStart(where, "timm", facts, trunk, (tuple(config.mean), tuple(config.std)), rows)
 
 
 def _read_text(options: TextTower) -> TowerStart:
@@ -257,7 +260,7 @@ def _from_finished(finished: FinishedModel, part: Part, where: str) -> TowerStar
     preprocessing = finished.config.get("preprocess_cfg", {})
     pixels = (tuple(preprocessing["mean"]), tuple(preprocessing["std"])) if "mean" in preprocessing else None
     quick = bool(config.get("quick_gelu"))
-    found = TowerStart(where, "open_clip", facts, tensors, pixels if part == "image" else None, quick)
+    found = TowerStart(where, "open_clip", facts, tensors, pixels if part == "image" else None, quick_gelu=quick)
     found.projected_to, found.custom_text = int(config["embed_dim"]), part == "text" and bool(config.get("custom_text"))
     return found
 

@@ -93,6 +93,7 @@ ENOUGH = 1 / 4
 """Share of the epochs that has to fit into the user's minutes for all layers to learn."""
 LEAST_PAIRS = 20
 """Pairs below which nothing can be learnt and judged."""
+IMAGENET, IMAGENET_CLASSES = "imagenet", 1_000  # classifiers of so many classes are ImageNet's
 BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of the training pairs
 AT_PAIRS, POWER = 6_000, 0.5  # a way's epochs are for so many pairs; fewer for more, by this power of their ratio
 MOST_EPOCHS, LEAST_EPOCHS = 40, 1
@@ -179,6 +180,9 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         own = facts.embed_dim is not None
         why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
         yield Choice("model.embed_dim", facts.embed_dim or way.embed_dim, why)
+        if facts.classes == IMAGENET_CLASSES and facts.sides is not None:  # captions in English, as the names are
+            why = "what the image tower knows has names, which the text tower knows: they meet before the first pair"
+            yield Choice("model.image.classes", IMAGENET, why)
     if way.frozen_norms and facts.batch_norms and "image" not in facts.random:
         why = "statistics of the pictures that the weights come from, which were far more"
         yield Choice("model.freeze_batch_norm", True, why)

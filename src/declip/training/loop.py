@@ -20,6 +20,7 @@ from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import Source
 from declip.errors import Diverged, InputError, Preempted, RunStopped
 from declip.memory import keep_freed_memory
+from declip.model.classes import start_by_classes
 from declip.model.dual_encoder import DualEncoder
 from declip.model.start import Start, first_weights, load_towers, read_start
 from declip.model.tuning import add_adapters
@@ -184,6 +185,8 @@ def _build(
     if not going_on:
         for name in load_towers(start, model.clip):
             print(f"The weights have no {name} of this width, it starts anew.", file=sys.stderr)
+        if recipe.model.image.classes:
+            start_by_classes(model, start, recipe.model.image.classes)
         if start.whole is not None:
             take_heads(start.whole, f"model.init = {recipe.model.init!r}", model, objective)
     comes_back = recipe.evaluation.interpolate or recipe.optimizer.start_decay

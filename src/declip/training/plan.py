@@ -24,6 +24,7 @@ class Facts:
     joint: both towers come from one model; random: the towers that start at random, of ``image`` and ``text``
     layers: of each tower, where they are known
     image_size: of the image tower; any_size: whether it takes others too; batch_norms: whether it has such
+    classes: how many classes' names would bring the towers together, as `model.image.classes` says
     embed_dim: width of the projections that come with the weights, None where there are none
     pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
     by_picture: whether they are few enough to be split by their pictures
@@ -47,6 +48,7 @@ class Facts:
     image_size: int = 224
     any_size: bool = False
     batch_norms: bool = False
+    classes: int = 0
     embed_dim: int | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
     minutes: float | None = None
