@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from declip.data.captions import tokenize
 from declip.errors import InputError
 from declip.model.class_embeddings import class_embeddings
 from declip.model.dual_encoder import DualEncoder
@@ -88,10 +87,7 @@ class _Texts:
 
     @torch.inference_mode()
     def encode_text(self, texts: list[str]) -> Tensor:
-        tokenizer, length = self.model.tokenizer, self.model.context_length
-        special = tokenizer.special
-        tokens = torch.from_numpy(tokenize([tokenizer.encode(text) for text in texts], length, special))
-        return embed_texts(self.model.clip, tokens, special.pad)
+        return embed_texts(self.model.clip, self.model.token_ids(texts), self.model.tokenizer.special.pad)
 
 
 def _where(start: Start) -> str:
