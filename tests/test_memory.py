@@ -4,8 +4,11 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from declip import memory
 
 PAGES = """
 import resource, sys
@@ -71,3 +74,32 @@ def test_loader_processes_inherit_no_freed_memory() -> None:
 def test_what_the_environment_says_of_malloc_stays(name: str) -> None:
     value = "131072" if name.startswith("MALLOC") else "glibc.malloc.trim_threshold=131072"
     assert python(SAID, **{name: value}) == "False"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is not known elsewhere")
+@pytest.mark.parametrize(
+    ("limit", "used", "stat", "files"),
+    [
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_free_memory_is_that_of_the_machine_or_of_its_group(
+    limit: str, used: str, stat: str, files: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_GROUPS", tmp_path)
+    of_machine = memory.free_bytes()
+    assert of_machine is not None
+    assert 2**20 < of_machine <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / used).write_text("700\n")
+    (tmp_path / stat).write_text(f"anon 400\n{files} 300\n")
+    (tmp_path / limit).write_text("1000\n")
+    assert memory.free_bytes() == 600
+    (tmp_path / limit).write_text("max\n")
+    assert memory.free_bytes() != 600

@@ -249,3 +249,13 @@ def test_wrong_input(asked: list[str], says: str, first: Path, tmp_path: Path, p
     assert finetune(*argv, "data.workers=0") == 2
     assert says in sentence(capsys)
     assert not out.exists()
+
+
+def test_a_batch_that_is_too_large_for_the_memory_comes_in_pieces(
+    first: Path, pairs: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("declip.finetune.prepare._small_steps", lambda recipe: (1e-3, 2.0**20, 2**21))
+    assert finetune(first, pairs, "--out", tmp_path / "run", *SHORT, "--json") == 0
+    assert load_recipe(tmp_path / "run" / "recipe.toml").engine.micro_batch == 1
+    plan = {row["path"]: row for row in answer(capsys)["plan"]}
+    assert "GB of memory, 0.00195 are free" in plan["engine.micro_batch"]["reason"]

@@ -96,6 +96,21 @@ def test_statistics_of_pretrained_batch_norms_stay() -> None:
         assert "model.freeze_batch_norm" not in said(choose(facts))
 
 
+def test_a_batch_comes_in_pieces_where_the_memory_is_small() -> None:
+    large = replace(APART, batch_norms=True, pair_bytes=2**25, free_bytes=2**34)  # 8 GB of 16
+    assert "engine.micro_batch" not in said(choose(large))
+    assert "engine.micro_batch" not in said(choose(replace(large, free_bytes=None)))
+    small = replace(large, free_bytes=2**33)
+    assert said(choose(small))["engine.micro_batch"] == 179  # 0.7 of 8 GB are for so many
+    assert said(choose(replace(small, said={"schedule.batch_size": 64}))).get("engine.micro_batch") is None
+    for facts in (
+        replace(small, short=True),  # what rests is kept, and the rest needs little
+        replace(small, said={"model.freeze_batch_norm": False}),  # each piece would have statistics of its own
+        replace(small, said={"engine.compile": True}),
+    ):
+        assert "engine.micro_batch" not in said(choose(facts))
+
+
 def test_towers_meet_by_the_names_of_imagenets_classes() -> None:
     knows = replace(APART, classes=1000, sides=0.0)
     assert said(choose(knows))["model.image.classes"] == "imagenet"

@@ -19,6 +19,7 @@ from declip.evaluation.sets import TestSet
 from declip.files import check_unused
 from declip.finetune.look import Look, look
 from declip.finetune.start import INITS, Start, read_name
+from declip.memory import GB
 from declip.model.classes import classes_of
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import TAKES_NO_SUCH_SIZE, image_widths
@@ -29,15 +30,16 @@ from declip.model.start import first_weights, read_start
 from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
-from declip.training.estimate import estimate
+from declip.training.estimate import estimate, free_memory
 from declip.training.finetuning import check_enough, choose, is_short, may_be_short, view_size_for
 from declip.training.pairs import check_batch, groups_of_pictures, open_pairs
 from declip.training.plan import Facts, Plan, Speed, override
+from declip.training.step import pick_device
 
 NOTES = "finetune.json"
 """In the run folder: what was found out about the pairs, and the plan with its reasons."""
 TIMED_PAIRS = 32
-"""Pairs of a step that only shows how long all layers take."""
+"""Pairs of a step that only shows how long all layers take, and how much memory."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +120,17 @@ def _planned(
         said=said,
         minutes=asked.minutes,
     )
+    recipe = _recipe(start, choose(facts), own)
+    check_batch(recipe, train)
+    if may_be_short(facts) or recipe.model.image.tune == "all":
+        seconds, pair_bytes, left = _small_steps(recipe)
+        facts = replace(facts, pair_bytes=pair_bytes, free_bytes=left, spent=time.perf_counter() - asked.began)
+        facts = replace(facts, short=may_be_short(facts) and is_short(facts, seconds))
+    if asked.minutes:
+        speed = _speed(_recipe(start, choose(facts), own), progress)
+        facts = replace(facts, speed=speed, spent=time.perf_counter() - asked.began)
     plan = choose(facts)
     recipe = _recipe(start, plan, own)
-    check_batch(recipe, train)
-    if asked.minutes:
-        if may_be_short(facts):
-            seconds = _pair_seconds(recipe)
-            facts = replace(facts, spent=time.perf_counter() - asked.began)
-            facts = replace(facts, short=is_short(facts, seconds))
-            recipe = _recipe(start, choose(facts), own)
-        speed = _speed(recipe, progress)
-        plan = choose(replace(facts, speed=speed, spent=time.perf_counter() - asked.began))
-        recipe = _recipe(start, plan, own)
     rows = [asdict(choice) for choice in plan]
     rows += [
         {"path": path, "value": value, "reason": "as you say"}
@@ -201,13 +202,15 @@ def _speed(recipe: Recipe, progress: Progress | None) -> Speed:
     return Speed(found["seconds_per_step"], found["seconds_per_score"], found["batch_size"])
 
 
-def _pair_seconds(recipe: Recipe) -> float:
-    """What a pair takes, from a few small steps."""
+def _small_steps(recipe: Recipe) -> tuple[float, float, int | None]:
+    """Seconds and bytes that a pair takes, from a few small steps, and the bytes that are free without them."""
     small = recipe.schedule.model_copy(update={"batch_size": min(TIMED_PAIRS, recipe.schedule.batch_size)})
     alone = recipe.data.model_copy(update={"validation": [], "holdout": 0.0})
-    seconds: float = 1 / estimate(recipe.model_copy(update={"schedule": small, "data": alone}))["samples_per_second"]
+    unmixed = recipe.evaluation.model_copy(update={"interpolate": False})  # which wants held-out pairs
+    found = estimate(recipe.model_copy(update={"schedule": small, "data": alone, "evaluation": unmixed}))
     gc.collect()
-    return seconds
+    pair_bytes = GB * found["memory_gb"]["activations"] / small.batch_size
+    return 1 / found["samples_per_second"], pair_bytes, free_memory(pick_device(recipe.engine.device))
 
 
 def _tests(asked: Asked) -> list[TestSet]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from declip.errors import Diverged, InputError
+from declip.memory import GB, free_bytes, give_back_freed_memory
 from declip.progress import Progress
 from declip.recipe import Recipe
 from declip.training.distributed import joined_ranks, one_voice
@@ -23,7 +24,6 @@ from declip.training.loop import batch_maker, go, make_step, set_up
 from declip.training.run import Run
 
 WARM_UP, TIMED = 2, 5  # steps
-GB = 2**30
 
 
 class _Notes(NoLog):
@@ -148,6 +148,15 @@ def _loader_seconds(run: Run) -> float:
 
 
 # Memory
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free for the towers, with nothing kept that has been freed; None where that is not known."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    give_back_freed_memory()
+    return free_bytes()
 
 
 def _start_of_memory(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from math import ceil
 from typing import Any
 
 from declip.errors import InputError
+from declip.memory import GB
 from declip.training.plan import Choice, Facts, Plan
 
 
@@ -98,6 +99,7 @@ BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of 
 AT_PAIRS, POWER = 6_000, 0.5  # a way's epochs are for so many pairs; fewer for more, by this power of their ratio
 MOST_EPOCHS, LEAST_EPOCHS = 24, 1
 WEIGHT_DECAY = 0.1
+MEMORY = 0.7  # share of what is free that a step may take: loaders, and what falls between freed blocks, take the rest
 PATIENCE = 5  # held-out scores without a better one
 SCORES = (4, 20)  # fewest and most held-out scores of a run
 MIXTURES = 11  # that interpolation scores after the last step
@@ -284,6 +286,7 @@ def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
     batch = batch_for(facts.pairs)
     why = f"fewer than {BATCH}, so that an epoch has {BATCH_SHARE} steps at least"
     yield Choice("schedule.batch_size", batch, "as many pairs to tell apart as usual" if batch == BATCH else why)
+    yield from _of_memory(facts, way, facts.said.get("schedule.batch_size", batch))
     epochs = _said_epochs(facts) or epochs_for(facts.pairs, way.epochs)
     why = f"for {facts.pairs:,} pairs"
     scores = _between(SCORES, ceil(epochs)) if facts.held_out else 0
@@ -304,6 +307,17 @@ def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
     )
     if scores > PATIENCE:
         yield Choice("evaluation.patience", PATIENCE, f"stop after {PATIENCE} scores without a better one")
+
+
+def _of_memory(facts: Facts, way: Way, batch: int) -> Iterator[Choice]:
+    """A batch in pieces where it is too large for the memory at once, and that computes the same."""
+    frozen = facts.said.get("model.freeze_batch_norm", way.frozen_norms and "image" not in facts.random)
+    if facts.pair_bytes is None or facts.free_bytes is None or facts.short or (facts.batch_norms and not frozen):
+        return
+    wanted, there = batch * facts.pair_bytes, MEMORY * facts.free_bytes
+    if wanted > there and not facts.said.get("engine.compile"):
+        why = f"{batch} pairs at once would take {wanted / GB:.3g} GB of memory, {facts.free_bytes / GB:.3g} are free"
+        yield Choice("engine.micro_batch", max(1, int(batch * there / wanted)), why)
 
 
 def _said_epochs(facts: Facts) -> float | None:

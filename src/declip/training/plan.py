@@ -33,6 +33,8 @@ class Facts:
     said: what the user or the recipe says, by path; the rules say nothing of these
     minutes, speed: for all, and what a few steps took; None where time does not matter
     short: whether the minutes are too few for all layers, as `is_short` says once
+    pair_bytes: what a pair takes while a step computes its gradients, where all layers learn; None where not measured
+    free_bytes: of memory; None where that is not known
     spent: seconds that are gone already
     """
 
@@ -54,6 +56,8 @@ class Facts:
     minutes: float | None = None
     speed: Speed | None = None
     short: bool = False
+    pair_bytes: float | None = None
+    free_bytes: int | None = None
     spent: float = 0.0
 
 
