@@ -91,6 +91,7 @@ STUDIES: dict[str, list[tuple[str, ...]]] = {
         ("optimizer.kind=muon", "optimizer.lr=1e-3", "optimizer.image_lr=2e-3", "optimizer.projection_lr=4e-3"),
         ("data.mix=0",),
         ("optimizer.ema=0",),
+        ("model.image.classes=none",),
         ("terms.nearest_neighbour.weight=0.2",),
     ],
 }

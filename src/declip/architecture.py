@@ -9,6 +9,8 @@ from pydantic import ConfigDict, Field
 from declip.terms import Section
 
 Triple = tuple[float, float, float]
+IMAGENET = "imagenet"
+"""Stands for the names of ImageNet's 1,000 classes."""
 Tune = Literal["all", "last", "lora", "biases", "projection", "nothing"]
 OURS = frozenset(
     {"init", "classes", "tune", "tune_layers", "lora_rank", "views_kept", "kept"}
@@ -42,8 +44,8 @@ class ImageTower(_Tower):
     )
     classes: str | None = Field(
         None,
-        description="what the classes are called that init, timm's weights, was trained to tell apart: imagenet (its "
-        "1,000), or a text file with a name a line in their order; both projections then start in a space where "
+        description="what the classes are called that init, timm's weights, was trained to tell apart: "
+        f"{IMAGENET} (its 1,000), or a text file with a name a line in their order; both projections then start in a space where "
         "pictures lie by these names",
     )
     views_kept: int = Field(

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import declip
+from declip.architecture import IMAGENET
 from declip.errors import InputError
-from declip.model.classes import IMAGENET, classes_of, read_classes, start_by_classes
+from declip.model.classes import classes_of, read_classes, start_by_classes
 from declip.model.dual_encoder import DualEncoder
 from declip.model.export import read_weights
 from declip.model.start import Start, load_towers, read_start

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from declip.architecture import IMAGENET
 from declip.errors import InputError
 from declip.model.class_embeddings import class_embeddings
 from declip.model.dual_encoder import DualEncoder
@@ -23,7 +24,6 @@ from declip.model.start import Start
 from declip.model.text_tower import is_huggingface
 
 TEMPLATE = "a photo of a {}"
-IMAGENET = "imagenet"
 
 
 def read_classes(classes: str) -> Sequence[str]:

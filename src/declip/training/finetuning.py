@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
+from declip.architecture import IMAGENET
 from declip.errors import InputError
 from declip.memory import GB
 from declip.training.plan import Choice, Facts, Plan
@@ -94,7 +95,7 @@ ENOUGH = 1 / 4
 """Share of the epochs that has to fit into the user's minutes for all layers to learn."""
 LEAST_PAIRS = 20
 """Pairs below which nothing can be learnt and judged."""
-IMAGENET, IMAGENET_CLASSES = "imagenet", 1_000  # classifiers of so many classes are ImageNet's
+IMAGENET_CLASSES = 1_000  # classifiers of so many classes are ImageNet's
 BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of the training pairs
 AT_PAIRS, POWER = 6_000, 0.5  # a way's epochs are for so many pairs; fewer for more, by this power of their ratio
 MOST_EPOCHS, LEAST_EPOCHS = 24, 1
