@@ -45,8 +45,8 @@ class ImageTower(_Tower):
     classes: str | None = Field(
         None,
         description="what the classes are called that init, timm's weights, was trained to tell apart: "
-        f"{IMAGENET} (its 1,000), or a text file with a name a line in their order; both projections then start in a space where "
-        "pictures lie by these names",
+        f"{IMAGENET} (its 1,000), or a text file with a name a line in their order; both projections then start in "
+        "a space where pictures lie by these names",
     )
     views_kept: int = Field(
         4,

@@ -27,7 +27,7 @@ from declip.model.layers import blocks_of
 from declip.model.parts import Part
 from declip.model.recompute import has_batch_norm
 from declip.model.start import first_weights, read_start
-from declip.model.tuning import LOCKED
+from declip.model.tuning import RESTING
 from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
@@ -123,7 +123,7 @@ def _planned(
     )
     recipe = _recipe(start, choose(facts), own)
     check_batch(recipe, train)
-    if may_be_short(facts) or recipe.model.image.tune not in (*LOCKED, "last"):
+    if may_be_short(facts) or recipe.model.image.tune not in RESTING:
         seconds, pair_bytes, left = _small_steps(recipe)
         facts = replace(facts, pair_bytes=pair_bytes, free_bytes=left, spent=time.perf_counter() - asked.began)
         facts = replace(facts, short=may_be_short(facts) and is_short(facts, seconds))
