@@ -65,6 +65,9 @@ def test_the_last_layers_alone_learn_where_all_would_take_too_long() -> None:
         found = said(choose(all_learn))
         assert found["model.text.tune"] == "all"
         assert "model.text.tune_layers" not in found
+    # Seven steps of 112 pairs are timed then, and scores take a quarter: of 900 pairs in 127 s, less than six epochs.
+    few = replace(short, pairs=900, minutes=3.0, spent=25.0)
+    assert [timed(few, seconds).short for seconds in (0.022, 0.014)] == [True, False]
     late = timed(replace(short, spent=300.0), 0.01)
     assert said(choose(late))["model.image.tune"] == "last"
     # What was decided stays, whatever the timing of the steps then takes.

@@ -104,7 +104,9 @@ MEMORY = 0.7  # share of what is free that a step may take: loaders, and what fa
 PATIENCE = 5  # held-out scores without a better one
 SCORES = (4, 20)  # fewest and most held-out scores of a run
 MIXTURES = 11  # that interpolation scores after the last step
-USED = 0.9  # of the time that the user gives: the last checkpoint and the report are written in the rest
+USED = 0.9  # of the time that the user gives
+LAST = 10  # seconds of it for what opens the finished model and writes the report
+STEPS_TIMED = 7  # of a whole batch, the first two to warm up
 AFTER = 4  # held-out scores' time that judging the finished model takes, in float32 and anew
 JUDGED = 0.25  # of that time at most for held-out scores
 
@@ -268,8 +270,9 @@ def may_be_short(facts: Facts) -> bool:
 
 def is_short(facts: Facts, pair_seconds: float) -> bool:
     """Whether the user's minutes are too few for all layers, with which a pair takes so many seconds."""
-    assert facts.minutes is not None
-    passes = (USED * 60 * facts.minutes - facts.spent) / (pair_seconds * facts.pairs)
+    batch: int = facts.said.get("schedule.batch_size", batch_for(facts.pairs))
+    seconds = (1 - JUDGED) * (_left(facts) - STEPS_TIMED * pair_seconds * batch)
+    passes = seconds / (pair_seconds * facts.pairs)
     return passes < ENOUGH * (_said_epochs(facts) or epochs_for(facts.pairs, APART.epochs))
 
 
@@ -333,12 +336,17 @@ def _between(bounds: tuple[int, int], value: int) -> int:
     return min(bounds[1], max(bounds[0], value))
 
 
+def _left(facts: Facts) -> float:
+    """Seconds that are left to time steps, to train and to judge."""
+    assert facts.minutes is not None
+    return USED * 60 * facts.minutes - LAST - facts.spent
+
+
 def _within(facts: Facts, way: Way, scores: int) -> tuple[float, int]:
     """Epochs, and held-out scores of `scores` at most, for which the user's minutes are enough."""
-    assert facts.minutes is not None
     assert facts.speed is not None
     speed = facts.speed
-    seconds = USED * 60 * facts.minutes - facts.spent - AFTER * speed.seconds_per_score
+    seconds = _left(facts) - AFTER * speed.seconds_per_score
     mixtures = MIXTURES if facts.said.get("evaluation.interpolate", _mixes(facts, way)) else 0
     if scores and speed.seconds_per_score:
         scores = max(1, min(scores, int(JUDGED * seconds / speed.seconds_per_score) - mixtures))
