@@ -222,7 +222,7 @@ def _of_views(facts: Facts, way: Way) -> Iterator[Choice]:
 def _of_rates(facts: Facts, way: Way) -> Iterator[Choice]:
     yield Choice("optimizer.lr", way.lr, way.why["lr"])
     if way.projection_lr is not None:
-        yield Choice("optimizer.projection_lr", way.projection_lr, "both projections start at random")
+        yield Choice("optimizer.projection_lr", way.projection_lr, "neither projection has learnt anything yet")
     if way.image_lr is not None and "image" not in facts.random:
         yield Choice("optimizer.image_lr", way.image_lr, way.why["image_lr"])
     for tower in facts.random:
