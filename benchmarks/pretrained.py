@@ -63,7 +63,7 @@ def cells(part: str, seeds: int) -> list[Cell]:
         if part == "ten-minutes":
             found += [Cell("declip", FLICKR, 10, seed=seed), Cell("peer", FLICKR, 10, seed=seed)]
         elif part == "quarter":
-            found += [Cell("declip", FLICKR, 10, 0.25, seed)]
+            found += [Cell("declip", FLICKR, 10, fraction, seed) for fraction in (0.25, 0.5)]
         elif part == "hour":
             found += [Cell("declip", FLICKR, 60, seed=seed), Cell("peer", FLICKR, 60, seed=seed)]
         elif part == "small":
