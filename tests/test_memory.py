@@ -102,4 +102,6 @@ def test_free_memory_is_that_of_the_machine_or_of_its_group(
     (tmp_path / limit).write_text("1000\n")
     assert memory.free_bytes() == 600
     (tmp_path / limit).write_text("max\n")
-    assert memory.free_bytes() != 600
+    unlimited = memory.free_bytes()
+    assert unlimited is not None
+    assert unlimited > 2**20

@@ -13,6 +13,7 @@ from typing import Any
 from declip.architecture import IMAGENET
 from declip.errors import InputError
 from declip.memory import GB
+from declip.training.estimate import TIMED, WARM_UP
 from declip.training.plan import Choice, Facts, Plan
 
 
@@ -106,7 +107,6 @@ SCORES = (4, 20)  # fewest and most held-out scores of a run
 MIXTURES = 11  # that interpolation scores after the last step
 USED = 0.9  # of the time that the user gives
 LAST = 10  # seconds of it for what opens the finished model and writes the report
-STEPS_TIMED = 7  # of a whole batch, the first two to warm up
 AFTER = 4  # held-out scores' time that judging the finished model takes, in float32 and anew
 JUDGED = 0.25  # of that time at most for held-out scores
 
@@ -271,7 +271,7 @@ def may_be_short(facts: Facts) -> bool:
 def is_short(facts: Facts, pair_seconds: float) -> bool:
     """Whether the user's minutes are too few for all layers, with which a pair takes so many seconds."""
     batch: int = facts.said.get("schedule.batch_size", batch_for(facts.pairs))
-    seconds = (1 - JUDGED) * (_left(facts) - STEPS_TIMED * pair_seconds * batch)
+    seconds = (1 - JUDGED) * (_left(facts) - (WARM_UP + TIMED) * pair_seconds * batch)
     passes = seconds / (pair_seconds * facts.pairs)
     return passes < ENOUGH * (_said_epochs(facts) or epochs_for(facts.pairs, APART.epochs))
 
