@@ -92,6 +92,7 @@ STUDIES: dict[str, list[tuple[str, ...]]] = {
         ("data.mix=0",),
         ("optimizer.ema=0",),
         ("model.image.classes=none",),
+        ("terms.class_names.weight=0",),
         ("terms.nearest_neighbour.weight=0.2",),
     ],
 }

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from declip.data.sources import Source
 from declip.recipe import Recipe, load_recipe
@@ -190,3 +191,24 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     transformers.BertModel(config).save_pretrained(folder)
     return folder
+
+
+CLASSES = ("red", "green", "blue", "circle")
+
+
+@pytest.fixture(scope="session")
+def four_classes(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name two towers: a timm network that tells four classes apart, whose names it has, and a BERT."""
+    timm = pytest.importorskip("timm")
+    folder, network = tmp_path_factory.mktemp("classes"), "resnet10t.c3_in1k"
+    torch.manual_seed(0)
+    save_file(timm.create_model(network, num_classes=len(CLASSES)).state_dict(), folder / "network.safetensors")
+    (folder / "names.txt").write_text("\n".join(CLASSES))
+    return [
+        f"model.image.timm_model_name={network}",
+        f"model.image.init={str(folder / 'network.safetensors')!r}",
+        f"model.image.classes={str(folder / 'names.txt')!r}",
+        f"model.text.init={str(bert)!r}",
+        "model.image.image_size=64",
+        "model.embed_dim=48",
+    ]

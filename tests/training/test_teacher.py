@@ -19,6 +19,7 @@ from declip.errors import InputError
 from declip.pairs import Data
 from declip.ranks import Ranks
 from declip.recipe import Recipe
+from declip.training.estimate import estimate
 from declip.training.loop import batch_maker, set_up
 
 MakeRecipe = Callable[..., Recipe]
@@ -158,11 +159,15 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(teacher: Path, tiny: MakeRecipe,
 
 
 def test_a_dry_run_asks_no_teacher(teacher: Path, tiny: MakeRecipe, tmp_path: Path) -> None:
-    run = set_up(tiny("clip", *term(teacher)), None, False, Ranks())
+    run = set_up(tiny("clip", *term(teacher)), None, False, Ranks(), keep=False)
     batch = batch_maker(run).make(0)
     assert batch.teacher_images is not None
     assert batch.teacher_images.shape == (8, 24)
     assert not (tmp_path / "cache" / "declip" / "files").exists()
+
+
+def test_steps_are_timed_with_what_the_teacher_says(teacher: Path, tiny: MakeRecipe) -> None:
+    assert estimate(tiny("clip", *term(teacher)), keep=True)["steps"] == 8
 
 
 def write(folder: Path, **arrays: np.ndarray) -> str:

@@ -18,7 +18,7 @@ from declip.progress import Progress
 from declip.recipe import Recipe
 from declip.training.distributed import joined_ranks, one_voice
 from declip.training.interrupts import Interrupts
-from declip.training.locked import keep_features, kept_parts
+from declip.training.locked import kept_parts
 from declip.training.logging import NoLog, most_resident_bytes
 from declip.training.loop import batch_maker, go, make_step, set_up
 from declip.training.run import Run
@@ -67,9 +67,9 @@ def estimate(
     once = recipe.evaluation.model_copy(update={"every": 1.0, "patience": 0})
     with joined_ranks(recipe) as ranks:
         with one_voice(ranks):
-            run = set_up(recipe.model_copy(update={"evaluation": once}), None, False, ranks)
-        if keep:
-            run.kept = keep_features(run.model, run.images, run.recipe, run.device, progress)
+            run = set_up(
+                recipe.model_copy(update={"evaluation": once}), None, False, ranks, keep=keep, progress=progress
+            )
         if kept_parts(recipe):
             run.score()  # the first takes longer than all others: what rests is asked then
         steps, run.steps = run.steps, WARM_UP + TIMED

@@ -27,6 +27,7 @@ class Way:
     that start at random (None: as their tower); random_lr: of a tower that starts at random
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
     smaller_views: than the images that the tower judges, where it takes any size; mix: pictures, as `data.mix` says
+    class_names: weight of `terms.class_names`, where classes have names
     ema: average of the weights; frozen_norms: batch norms keep their statistics
     two_captions: of each picture in a step, where all layers learn
     """
@@ -40,6 +41,7 @@ class Way:
     plain_views: bool = False
     smaller_views: bool = False
     mix: float = 0.0
+    class_names: float = 0.0
     ema: float = 0.0
     frozen_norms: bool = False
     two_captions: bool = False
@@ -73,6 +75,7 @@ APART = Way(
     plain_views=True,
     smaller_views=True,
     mix=0.3,
+    class_names=0.3,
     ema=0.98,
     frozen_norms=True,
     two_captions=True,
@@ -185,9 +188,13 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         own = facts.embed_dim is not None
         why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
         yield Choice("model.embed_dim", facts.embed_dim or way.embed_dim, why)
-        if facts.classes == IMAGENET_CLASSES and facts.sides is not None:  # captions in English, as the names are
+        named = facts.classes == IMAGENET_CLASSES and facts.sides is not None  # captions in English, as the names are
+        if named:
             why = "what the image tower knows has names, which the text tower knows: they meet before the first pair"
             yield Choice("model.image.classes", IMAGENET, why)
+        if way.class_names and facts.said.get("model.image.classes", named):
+            why = "and what it saw in a picture then is not forgotten, which keeps few pairs from being learnt by heart"
+            yield Choice("terms.class_names.weight", way.class_names, why)
     if way.frozen_norms and facts.batch_norms and "image" not in facts.random:
         why = "statistics of the pictures that the weights come from, which were far more"
         yield Choice("model.freeze_batch_norm", True, why)

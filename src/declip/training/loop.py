@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from declip.model.dual_encoder import DualEncoder
 from declip.model.start import Start, first_weights, load_towers, read_start
 from declip.model.tuning import add_adapters
 from declip.objectives.objective import Objective, build_objective
-from declip.progress import progress_bar
+from declip.progress import Progress, progress_bar
 from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.batch_norm import synchronise
 from declip.training.checkpoint import check_run, make_run
+from declip.training.class_scores import ImageClassifier, open_classifier
 from declip.training.distributed import (
     News,
     agree,
@@ -62,7 +63,7 @@ from declip.training.run import Run
 from declip.training.saving import NoSaver, Saver
 from declip.training.sharding import tower_blocks
 from declip.training.step import attention_kernel, pick_device
-from declip.training.teacher import Teacher, learn_from, no_lesson, open_teacher
+from declip.training.teacher import Teacher, open_teacher
 from declip.training.trackers import check_trackers
 
 LOG_SECONDS = 0.5
@@ -107,10 +108,14 @@ def set_up(
     ranks: Ranks,
     quiet: bool = True,
     beside: Mapping[str, str] | None = None,
+    keep: bool = True,
+    progress: Progress | None = None,
 ) -> Run:
-    """Everything that can be wrong is found out here, before the first step; locked towers go over the pairs.
+    """Everything that can be wrong is found out here, before the first step; what rests or teaches goes over the pairs.
 
     out: the run folder; None for a run that writes nothing
+    keep: false for a run that only measures its steps, on zeros in the place of what is kept of the pairs
+    progress: where a quiet run tells how far that is
     """
     check_trackers(recipe)
     recipe, start = read_start(recipe)
@@ -131,7 +136,7 @@ def set_up(
         raise InputError(
             "evaluation.interpolate needs held-out pairs to choose by: set data.holdout or data.validation."
         )
-    teacher = open_teacher(recipe, start, device)
+    teacher, classifier = open_teacher(recipe, start, device), open_classifier(recipe, start, device)
     model, objective, first = _build(recipe, start, pairs, going_on, ranks, teacher)
     held_out = None
     if held_images and not ranks.rank:
@@ -141,7 +146,13 @@ def set_up(
     run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks, first)
     if going_on:
         run.read()
-    run.kept = _keep(run, teacher, quiet, measured_only=out is None)
+    lessons = [lesson for lesson in (teacher, classifier) if lesson is not None]
+    if keep:
+        shows = bool(lessons or kept_parts(recipe)) and not quiet and not ranks.rank
+        with progress_bar() if shows else nullcontext(progress) as shown:
+            run.kept = _keep(run, lessons, shown)
+    else:
+        run.kept = _keep_nothing(run, lessons)
     if writes:
         make_run(run.out, recipe, beside)  # where it goes on, the schedule may be another
         if going_on:
@@ -149,17 +160,20 @@ def set_up(
     return run
 
 
-def _keep(run: Run, teacher: Teacher | None, quiet: bool, measured_only: bool) -> Kept:
-    """What comes before all that learns, and what a teacher says: of all pairs, before the first step."""
-    model, images, recipe = run.model, run.images, run.recipe
-    if measured_only:
-        kept = empty_features(model, images, recipe)
-        return kept if teacher is None else no_lesson(teacher, images, kept, model)
-    if not kept_parts(recipe) and teacher is None:
-        return Kept()
-    with nullcontext() if quiet or run.ranks.rank else progress_bar() as progress:
-        kept = keep_features(model, images, recipe, run.device, progress)
-        return kept if teacher is None else learn_from(teacher, images, recipe, kept, progress)
+def _keep(run: Run, lessons: Sequence[Teacher | ImageClassifier], progress: Progress | None) -> Kept:
+    """What comes before all that learns, and what teachers say: of all pairs, before the first step."""
+    kept = keep_features(run.model, run.images, run.recipe, run.device, progress)
+    for lesson in lessons:
+        kept = lesson.learn(run.images, run.recipe, kept, run.model, progress)
+    return kept
+
+
+def _keep_nothing(run: Run, lessons: Sequence[Teacher | ImageClassifier]) -> Kept:
+    """Zeros in its place."""
+    kept = empty_features(run.model, run.images, run.recipe)
+    for lesson in lessons:
+        kept = lesson.nothing(run.images, kept, run.model)
+    return kept
 
 
 def _build(

@@ -1,10 +1,10 @@
-"""A teacher goes over the pairs once: what it embeds is kept on disk, and steps pay nothing for it."""
+"""A teacher goes over the pairs once: what it makes of them is kept on disk, and steps pay nothing for it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,42 @@ class Teacher:
     version: str
     embed: Callable[[Source, Part, Progress | None], States]
 
+    def learn(self, images: Images, recipe: Recipe, kept: Kept, model: DualEncoder, progress: Progress | None) -> Kept:
+        """`kept` with the embeddings of all pairs, computed where the cache has them not of these pairs."""
+        found = {}
+        for part in self.parts:
+
+            def make(part: Part = part) -> States:
+                return self.embed(images.source, part, progress)
+
+            found[f"teacher_{part}s"] = keep_lesson(images.source, recipe, f"{part}s", self.version, make)
+        return replace(kept, **found)  # type: ignore[arg-type]
+
+    def nothing(self, images: Images, kept: Kept, model: DualEncoder) -> Kept:
+        """`kept` with zeros in the place of the embeddings, for a run that only measures its steps."""
+        counts = {"image": len(images.source), "text": int(images.caption_ends[-1])}
+        widths = {"image": model.pooled_width, "text": model.text.width}
+        shapes = {part: (counts[part], self.width or widths[part]) for part in self.parts}
+        return replace(kept, **{f"teacher_{part}s": zeros(shape) for part, shape in shapes.items()})  # type: ignore[arg-type]
+
+
+def keep_lesson(source: Source, recipe: Recipe, what: str, version: str, make: Callable[[], States]) -> States:
+    """What a teacher of a version makes of the pairs, mapped into memory; `make` is asked where the cache has none."""
+    name = f"teacher's {what} {hash_of(version, what, digest_of_pairs(source, what != 'texts'))}"
+
+    def write(place: Path) -> None:
+        with open(place, "wb") as file:  # given a path, numpy adds an ending
+            np.save(file, make())
+
+    path = Storage.of(recipe.data).kept(name, write, f"what the teacher makes of {source.name}")
+    found: States = np.load(path, mmap_mode="r")
+    return found
+
+
+def zeros(shape: tuple[int, ...]) -> States:
+    """Zeros that take no memory."""
+    return np.broadcast_to(np.zeros((), np.float16), shape)
+
 
 def open_teacher(recipe: Recipe, start: Start, device: torch.device) -> Teacher | None:
     """The teacher of the recipe's distillation term, where it has one; raises InputError where it cannot teach."""
@@ -74,34 +110,10 @@ def open_teacher(recipe: Recipe, start: Start, device: torch.device) -> Teacher 
     return _of_model(model)
 
 
-def learn_from(teacher: Teacher, images: Images, recipe: Recipe, kept: Kept, progress: Progress | None = None) -> Kept:
-    """`kept` with the teacher's embeddings of all pairs, computed where the cache has them not of these pairs."""
-    source, found = images.source, {}
-    for part in teacher.parts:
-        name = f"teacher's {part}s {hash_of(teacher.version, part, digest_of_pairs(source, part == 'image'))}"
-
-        def write(place: Path, part: Part = part) -> None:
-            with open(place, "wb") as file:
-                np.save(file, teacher.embed(source, part, progress))
-
-        path = Storage.of(recipe.data).kept(name, write, f"what the teacher makes of {source.name}")
-        found[f"teacher_{part}s"] = np.load(path, mmap_mode="r")
-    return Kept(**{**vars(kept), **found})
-
-
-def no_lesson(teacher: Teacher, images: Images, kept: Kept, model: DualEncoder) -> Kept:
-    """`kept` with zeros in the place of the teacher's embeddings, for a run that only measures its steps."""
-    counts = {"image": len(images.source), "text": int(images.caption_ends[-1])}
-    widths = {"image": model.pooled_width, "text": model.text.width}
-    shapes = {part: (counts[part], teacher.width or widths[part]) for part in teacher.parts}
-    zeros = {f"teacher_{part}s": np.broadcast_to(np.zeros((), np.float16), shape) for part, shape in shapes.items()}
-    return Kept(**{**vars(kept), **zeros})
-
-
 def _of_model(model: LoadedModel) -> Teacher:
     width = model.encode_text(["a photo"]).shape[1]
     said = (re.sub(r" at 0x\w+", "", repr(part)) for part in (model.preprocess, model.tokenizer))
-    facts = [*said, *_tensors(model.clip.state_dict())]
+    facts = [*said, *tensors_of(model.clip.state_dict())]
     return Teacher(
         model.name, width, ("image", "text"), model.logit_scale, hash_of(*facts), lambda *asked: _embed(model, *asked)
     )
@@ -123,7 +135,7 @@ def _in_half(embeddings: Tensor) -> States:
     return half
 
 
-def _tensors(state: dict[str, Tensor]) -> list[str | bytes]:
+def tensors_of(state: dict[str, Tensor]) -> list[str | bytes]:
     return [part for name, tensor in state.items() for part in (name, tensor.detach().cpu().float().numpy().tobytes())]
 
 
@@ -137,7 +149,7 @@ def _of_file(file: EmbeddingsFile) -> Teacher:
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
-class _Started:
+class Started:
     """The run's own towers as they started, as something that embeds: what they pool before their projections."""
 
     name = START
@@ -167,6 +179,14 @@ class _Started:
         return torch.cat(found).float().cpu()
 
 
+def copy_of_start(recipe: Recipe, start: Start, device: torch.device) -> DualEncoder:
+    """The run's own towers as they start."""
+    with torch.random.fork_rng():  # the run's own stay what they would be without it
+        copy = DualEncoder(recipe)
+    load_towers(start, copy.clip)
+    return copy.to(device)
+
+
 def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
     model, learning = recipe.model, []
     for part, tower in (("image", model.image), ("text", model.text)):
@@ -177,11 +197,9 @@ def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
             "terms.distillation.teacher = start: no tower that learns starts from weights: set model.init, "
             "model.image.init or model.text.init, or leave the term out."
         )
-    with torch.random.fork_rng():  # the run's own towers stay what they would be without it
-        copy = DualEncoder(recipe)
-    load_towers(start, copy.clip)
+    copy = copy_of_start(recipe, start, device)
     if "image" in learning and not copy.pooled_width:
         raise InputError("terms.distillation.teacher = start: this image tower gives no feature before its projection.")
-    started = _Started(copy.to(device), device)
-    version = hash_of(START, str(copy.image_size), str(copy.context_length), *_tensors(copy.clip.state_dict()))
+    started = Started(copy, device)
+    version = hash_of(START, str(copy.image_size), str(copy.context_length), *tensors_of(copy.clip.state_dict()))
     return Teacher(START, None, tuple(learning), 1.0, version, lambda *asked: _embed(started, *asked))  # type: ignore[arg-type]
