@@ -19,7 +19,7 @@ from declip.errors import InputError
 from declip.model.export import read_weights
 from declip.ranks import Ranks
 from declip.recipe import Recipe, load_recipe
-from declip.training import class_scores
+from declip.training import class_scores, teacher
 from declip.training.estimate import estimate
 from declip.training.loop import batch_maker, set_up
 
@@ -84,6 +84,22 @@ def test_it_is_learnt_and_kept_once(tune: str, make: Make, tmp_path: Path, monke
     assert len(seen) == 1
 
 
+def test_the_start_as_a_teacher_is_asked_once(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the random projections of its copy, which nobody asks."""
+    seen = []
+    embed = teacher.embed_source
+    monkeypatch.setattr(teacher, "embed_source", lambda *args: seen.append(args[0]) or embed(*args))
+    for again in range(2):
+        torch.manual_seed(again)
+        set_up(
+            make("terms.class_names.weight=0", "terms.distillation.teacher=start", f"seed={again}"),
+            tmp_path / str(again),
+            False,
+            Ranks(),
+        )
+    assert len(seen) == 1
+
+
 def test_a_run_goes_on_as_if_it_had_not_stopped(make: Make, tmp_path: Path) -> None:
     declip.train(make(), tmp_path / "whole", quiet=True)
     stop_after(make(), tmp_path / "stopped", 4)
@@ -102,7 +118,7 @@ def test_an_estimate_asks_nobody_unless_told(make: Make, cache: Path) -> None:
     assert estimate(make())["steps"] == 8
     assert not (cache / "declip" / "files").exists()
     assert estimate(make(), keep=True)["steps"] == 8
-    assert len(list((cache / "declip" / "files").iterdir())) == 1
+    assert len(list((cache / "declip" / "files").glob("*classes*"))) == 1
 
 
 @pytest.mark.parametrize(

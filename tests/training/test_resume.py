@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_checks import RESNET
 from safetensors.torch import load_file
 
 from declip.cli import main
@@ -70,12 +71,20 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "workers", "step"), [("clip", 0, 3), ("declip", 0, 5), ("declip", 1, 6), ("declip", 0, 1)]
+    ("method", "options", "step"),
+    [
+        ("clip", [], 3),
+        ("clip", RESNET, 3),  # whose convolutions lie channels last in memory
+        ("clip", [*RESNET, "optimizer.kind=sgd"], 3),
+        ("declip", [], 5),
+        ("declip", ["data.workers=1"], 6),
+        ("declip", [], 1),
+    ],
 )
 def test_resumed_run_ends_like_an_uninterrupted_one(
-    tiny: MakeRecipe, tmp_path: Path, method: str, workers: int, step: int
+    tiny: MakeRecipe, tmp_path: Path, method: str, options: list[str], step: int
 ) -> None:
-    recipe = tiny(method, f"data.workers={workers}")
+    recipe = tiny(method, *options)
     train(recipe, tmp_path / "whole", quiet=True)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(step, patch)

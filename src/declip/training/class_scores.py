@@ -39,11 +39,10 @@ class ImageClassifier:
 
     def learn(self, images: Images, recipe: Recipe, kept: Kept, model: DualEncoder, progress: Progress | None) -> Kept:
         """`kept` with the scores of all pairs, computed where the cache has them not of these pairs."""
-        copy = copy_of_start(recipe, self.start, self.device)
+        copy, version = copy_of_start(recipe, self.start, self.device)
         seeing = _Seeing(copy, self.device, self.classifier)
-        own = [tensor for tensor in self.classifier if tensor is not None]
-        parts = {str(place): tensor for place, tensor in enumerate([*copy.clip.visual.state_dict().values(), *own])}
-        version = hash_of("classes", str(copy.image_size), *tensors_of(parts))
+        own = {name: tensor for name, tensor in self.classifier._asdict().items() if tensor is not None}
+        version = hash_of(version, *tensors_of(own))
         scores = keep_lesson(
             images.source, recipe, "classes", version, lambda: _scores(seeing, images.source, progress)
         )

@@ -166,7 +166,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
 
     def own(tensor: Tensor, part: nn.Parameter) -> Tensor:
         if not isinstance(part, Part) or tensor.shape != part.sharded.shape:
-            return tensor
+            # Fused steps go through memory in its order: that of a state has to be its parameter's (channels last).
+            return torch.empty_like(part, dtype=tensor.dtype).copy_(tensor) if tensor.shape == part.shape else tensor
         local: Tensor = _as_own(tensor, part.sharded).to_local()
         return local
 

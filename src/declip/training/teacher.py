@@ -26,7 +26,7 @@ from declip.model.image_tower import IMAGES_AT_ONCE, encode_image
 from declip.model.parts import Part
 from declip.model.pretrained import LoadedModel, load
 from declip.model.products import by_onednn
-from declip.model.start import Start, load_towers
+from declip.model.start import Start, first_weights
 from declip.model.text_tower import encode_text
 from declip.model.tuning import LOCKED
 from declip.progress import Progress
@@ -179,12 +179,13 @@ class Started:
         return torch.cat(found).float().cpu()
 
 
-def copy_of_start(recipe: Recipe, start: Start, device: torch.device) -> DualEncoder:
-    """The run's own towers as they start."""
+def copy_of_start(recipe: Recipe, start: Start, device: torch.device) -> tuple[DualEncoder, str]:
+    """The run's own towers as they start, and the version of all in them that comes from weights."""
     with torch.random.fork_rng():  # the run's own stay what they would be without it
         copy = DualEncoder(recipe)
-    load_towers(start, copy.clip)
-    return copy.to(device)
+    weights = first_weights(start, copy.clip)
+    copy.clip.load_state_dict(weights, strict=False)
+    return copy.to(device), hash_of(str(copy.image_size), str(copy.context_length), *tensors_of(weights))
 
 
 def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
@@ -197,9 +198,8 @@ def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
             "terms.distillation.teacher = start: no tower that learns starts from weights: set model.init, "
             "model.image.init or model.text.init, or leave the term out."
         )
-    copy = copy_of_start(recipe, start, device)
+    copy, version = copy_of_start(recipe, start, device)
     if "image" in learning and not copy.pooled_width:
         raise InputError("terms.distillation.teacher = start: this image tower gives no feature before its projection.")
     started = Started(copy, device)
-    version = hash_of(START, str(copy.image_size), str(copy.context_length), *tensors_of(copy.clip.state_dict()))
-    return Teacher(START, None, tuple(learning), 1.0, version, lambda *asked: _embed(started, *asked))  # type: ignore[arg-type]
+    return Teacher(START, None, tuple(learning), 1.0, hash_of(START, version), lambda *asked: _embed(started, *asked))  # type: ignore[arg-type]
