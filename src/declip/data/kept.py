@@ -24,6 +24,10 @@ class ClassScores:
     chosen: NDArray[np.int64]
     tokens: NDArray[np.int64]
 
+    def of(self, pairs: list[int]) -> NDArray[np.float32]:
+        """Scores of the chosen classes: [pairs, classes]."""
+        return self.scores[pairs][:, self.chosen].astype(np.float32)
+
 
 @dataclass(frozen=True)
 class Kept:

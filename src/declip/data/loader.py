@@ -147,7 +147,7 @@ class BatchMaker(Dataset[Batch | InputError]):
             own_share=self._own_share(number),
             teacher_images=_rows(self.kept.teacher_images, pairs),
             teacher_texts=_rows(self.kept.teacher_texts, shown),
-            class_scores=None if classes is None else _rows(classes.scores, pairs)[:, classes.chosen],
+            class_scores=None if classes is None else torch.from_numpy(classes.of(pairs)),
             class_tokens=None if classes is None else torch.from_numpy(classes.tokens),
         )
 
