@@ -111,7 +111,7 @@ JOINT: list[tuple[str, ...]] = [
     ("optimizer.lr=1e-4", "optimizer.start_decay=0", "evaluation.interpolate=false"),
     ("model.image.tune=lora", "model.text.tune=lora", "optimizer.lr=1e-4"),
 ]
-"""The same for a whole model, judged on emoji of an artist not seen, and on Flickr8k's dev, which it shall not forget."""
+"""The same for a whole model: judged on emoji of an artist not seen, and on dev, which it shall not forget."""
 
 
 class Bench:
