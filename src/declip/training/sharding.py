@@ -164,7 +164,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     """`load_state_dict` of what `optimizer_state` gave, whole."""
 
-    def own(tensor: Tensor, part: nn.Parameter) -> Tensor:
+    def own(tensor: Any, part: nn.Parameter) -> Any:
+        if not isinstance(tensor, Tensor):  # Muon notes in a flag which parameters it leaves to Adam
+            return tensor
         if not isinstance(part, Part) or tensor.shape != part.sharded.shape:
             # Fused steps go through memory in its order: that of a state has to be its parameter's (channels last).
             return torch.empty_like(part, dtype=tensor.dtype).copy_(tensor) if tensor.shape == part.shape else tensor
