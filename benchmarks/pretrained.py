@@ -135,9 +135,9 @@ class Bench:
             shutil.rmtree(folder, ignore_errors=True)
         sources = [spec.format(shared=self.shared) for spec in cell.data[0]]
         test, size = cell.data[1].format(shared=self.shared), cell.data[2]
-        common = [*self.towers(size), f"data.fraction={cell.fraction}", f"seed={cell.seed}"]
         if cell.who == "joint":
             return self._go_on(cell, sources, test, out)
+        common = [*self.towers(size), f"data.fraction={cell.fraction}", f"seed={cell.seed}"]
         began = time.perf_counter()
         if cell.who == "declip":
             towers = f"{self.weights}+{self.text}"
@@ -153,16 +153,14 @@ class Bench:
             length = f"schedule.pairs_seen={64 * steps}", "evaluation.every=0.125"
             self.declip("train", "clip", *given, *length, "--out", str(out))
         seconds = time.perf_counter() - began
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        curve = [[row["pairs"], row["held_out"]["score"]] for row in rows if "held_out" in row]
+        rows = held_out_rows(out)
         if cell.held_out:
             figures = {name: told["results"][0]["after"][name] for name in RECALLS}
-            return {**figures, "seconds": seconds, "curve": curve}
+            return {**figures, "seconds": seconds, "curve": curve(rows)}
         figures = self.recalls(self.declip("evaluate", str(out), test, "--task", "retrieval"))
-        last = next(row["held_out"] for row in reversed(rows) if "held_out" in row)
         if cell.who == "peer":  # which has no held-out pairs to choose by: the last weights count
-            figures = {name: last[name] for name in RECALLS}
-        return {**figures, "seconds": seconds, "curve": curve}
+            figures = {name: rows[-1]["held_out"][name] for name in RECALLS}
+        return {**figures, "seconds": seconds, "curve": curve(rows)}
 
     def _go_on(self, cell: Cell, sources: list[str], test: str, out: Path) -> dict[str, Any]:
         """Fine-tune the model of ten minutes on Flickr8k; what it still knows of Flickr8k's dev is reported too."""
@@ -176,12 +174,11 @@ class Bench:
         seconds = time.perf_counter() - began
         general = told["results"][1]  # behind the pairs that finetune holds out
         knew = {f"dev_{name}_{when}": general[when][name] for name in RECALLS for when in ("before", "after")}
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return {
             **self.recalls(self.declip("evaluate", str(out), test, "--task", "retrieval")),
             **knew,
             "seconds": seconds,
-            "curve": [[row["pairs"], row["held_out"]["score"]] for row in rows if "held_out" in row],
+            "curve": curve(held_out_rows(out)),
         }
 
     def towers(self, size: int) -> list[str]:
@@ -208,6 +205,17 @@ class Bench:
             "train", "clip", *given, "model.image.views_kept=0", "model.text.kept=false", "--dry-run"
         )
         return {"kept": kept["seconds_per_step"], "computed": computed["seconds_per_step"]}
+
+
+def held_out_rows(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics with scores of held-out pairs."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "held_out" in row]
+
+
+def curve(rows: list[dict[str, Any]]) -> list[list[float]]:
+    """Pairs seen and held-out score, by score."""
+    return [[row["pairs"], row["held_out"]["score"]] for row in rows]
 
 
 def mean(found: list[dict[str, Any]], name: str) -> float:

@@ -88,6 +88,13 @@ def pairs(tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "pairs.parquet", [pair(number) for number in range(40)])
 
 
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, in which declip's is made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 TINY = """
 [data]
 workers = 0

@@ -17,13 +17,10 @@ from declip.finetune import prepare
 from declip.recipe import Recipe, load_recipe
 from declip.training.estimate import estimate
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 Capture = pytest.CaptureFixture[str]
 SHORT = ["schedule.epochs=1", "evaluation.every=1.0", "data.workers=0", "engine.device=cpu"]
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

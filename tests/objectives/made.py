@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from declip.data.batch import Batch
@@ -37,6 +38,11 @@ def batch(sample_ids: Sequence[int] = range(5), labels: Tensor | None = None) ->
     """What the terms look at: sample ids and labels."""
     nothing = torch.empty(0)
     return Batch(nothing, nothing, (), labels, torch.tensor(list(sample_ids)))
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    """Random directions."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def cosine(one: Tensor, other: Tensor) -> float:

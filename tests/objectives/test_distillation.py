@@ -7,14 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from made import batch, features
+from made import batch, features, unit
 from torch import Tensor
 
 from declip.objectives.distillation import Distillation, feature_loss, similarity_loss
-
-
-def unit(*shape: int, seed: int = 0) -> Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
 def naive_similarity(images: Tensor, texts: Tensor, teacher: tuple[Tensor, Tensor], scale: float, own: float) -> float:

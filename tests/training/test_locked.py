@@ -26,6 +26,8 @@ from declip.recipe import Recipe
 from declip.training import locked, loop
 from declip.training.loop import batch_maker, set_up
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 MakeRecipe = Callable[..., Recipe]
 RESNET = "model.image={ image_size = 32, layers = [1, 1, 1, 1], width = 8, head_width = 32 }"
 HEADS = ["model.image.tune=projection", "model.text.tune=projection"]
@@ -33,12 +35,6 @@ LAST = ["model.image.tune=last", "model.image.tune_layers=1", "model.text.tune=l
 TIMM = "model.image={ timm_model_name = 'mnasnet_small', timm_proj = 'linear', image_size = 32 }"
 VIT = "model.image={ timm_model_name = 'vit_tiny_patch16_224', timm_proj = 'linear', image_size = 32 }"
 TWO_LAYERS = ["model.text.layers=2"]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -22,13 +22,9 @@ from declip.recipe import Recipe
 from declip.training.estimate import estimate
 from declip.training.loop import batch_maker, set_up
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 MakeRecipe = Callable[..., Recipe]
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 @pytest.fixture
