@@ -132,6 +132,25 @@ def test_the_step_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest
     assert torch.load(checkpoints(tmp_path)[0])["weight"].tolist() == [0, 0, 0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have priorities of their own on Linux alone")
+@pytest.mark.parametrize("yields", [False, True])
+def test_it_is_written_when_nothing_else_wants_the_processor(
+    tmp_path: Path, yields: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the step that goes on meanwhile keeps the priority that it had."""
+    (tmp_path / "checkpoints").mkdir()
+    here, there = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), []
+
+    def noted(*_: Any) -> None:
+        there.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    monkeypatch.setattr(saving, "write_checkpoint", noted)
+    with Saver(tmp_path, 2, yields=yields) as saver:
+        saver.save(1, {}, {})
+    assert there == [19 if yields else here]
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here
+
+
 @pytest.mark.parametrize(
     ("code", "says"),
     [(errno.EACCES, "cannot be written (Permission denied)"), (errno.EROFS, "(Read-only file system)")],

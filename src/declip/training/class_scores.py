@@ -40,7 +40,7 @@ class ImageClassifier:
     def learn(self, images: Images, recipe: Recipe, kept: Kept, model: DualEncoder, progress: Progress | None) -> Kept:
         """`kept` with the scores of all pairs, computed where the cache has them not of these pairs."""
         copy, version = copy_of_start(recipe, self.start, self.device)
-        seeing = _Seeing(copy, self.device, self.classifier)
+        seeing = _Seeing(copy, self.device, recipe.engine.precision, self.classifier)
         own = {name: tensor for name, tensor in self.classifier._asdict().items() if tensor is not None}
         version = hash_of(version, *tensors_of(own))
         scores = keep_lesson(
@@ -61,8 +61,8 @@ class ImageClassifier:
 class _Seeing(Started):
     """The started image tower, asked for probabilities."""
 
-    def __init__(self, model: DualEncoder, device: torch.device, classifier: Classifier) -> None:
-        super().__init__(model, device)
+    def __init__(self, model: DualEncoder, device: torch.device, precision: str, classifier: Classifier) -> None:
+        super().__init__(model, device, precision)
         self.classifier = classifier
 
     def encode_prepared(self, images: list[np.ndarray]) -> Tensor:

@@ -142,7 +142,9 @@ def set_up(
     if held_images and not ranks.rank:
         held_out = HeldOut(held_images, recipe, model.image_size, model.context_length, model.tokenizer)
     writes = out is not None and not ranks.rank
-    saver = Saver(out, recipe.engine.keep, cooldown_start(steps, recipe)) if out is not None and writes else NoSaver()
+    saver: Saver = NoSaver()
+    if out is not None and writes:
+        saver = Saver(out, recipe.engine.keep, cooldown_start(steps, recipe), yields=device.type == "cpu")
     run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks, first)
     if going_on:
         run.read()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ from declip.files import flush_to_disk, remove_temporary, save_weights
 from declip.training.checkpoint import METRICS, checkpoints, step_of, write_checkpoint
 from declip.training.sharding import whole
 
+_LAST_IN_LINE = 19  # the least of the priorities that Unix knows
+
 
 class Saver:
     """Writes one checkpoint at a time in a thread of its own. Use as a context manager.
@@ -24,12 +29,14 @@ class Saver:
 
     keep: how many are kept, the newest
     pinned: the step of one that is kept as well, from which the run can be prolonged
+    yields: write only while the processor has nothing better to do, as where it also computes the steps: these wait for
+        the slowest of their threads, and would take twice as long beside one that writes (on Linux)
     """
 
-    def __init__(self, out: Path, keep: int, pinned: int | None = None) -> None:
+    def __init__(self, out: Path, keep: int, pinned: int | None = None, yields: bool = False) -> None:
         self.out, self.keep, self.pinned = out, keep, pinned
         self._copies: dict[str, Tensor] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _yield_to_all if yields else None)
         self._writing: Future[None] | None = None
         remove_temporary(out / "checkpoints")
 
@@ -100,6 +107,12 @@ class Saver:
             pinned = value.device.type == "cuda"  # else the copy would wait for the device
             copy = self._copies[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pinned)
         return copy.copy_(value, non_blocking=value.device.type == "cuda")
+
+
+def _yield_to_all() -> None:
+    """Let every other thread of the machine go before this one."""
+    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LAST_IN_LINE)
 
 
 class NoSaver(Saver):

@@ -34,6 +34,7 @@ from declip.recipe import Recipe
 from declip.training.embeddings_file import ENDINGS, EmbeddingsFile
 from declip.training.locked import hash_of
 from declip.training.pairs import digest_of_pairs
+from declip.training.step import autocast
 
 START = "start"
 _TEACHERS_SCALE = 100.0  # of embeddings in a file, which say none: that of nearly all CLIP models
@@ -154,8 +155,8 @@ class Started:
 
     name = START
 
-    def __init__(self, model: DualEncoder, device: torch.device) -> None:
-        self.model, self.device = model.eval(), device
+    def __init__(self, model: DualEncoder, device: torch.device, precision: str) -> None:
+        self.model, self.device, self.precision = model.eval(), device, precision
 
     def prepare(self, data: bytes) -> Pixels:
         return eval_view(decode_image(data), self.model.image_size)
@@ -163,7 +164,7 @@ class Started:
     @torch.inference_mode()
     def encode_prepared(self, images: list[Any]) -> Tensor:
         pixels = self.model.pixels(torch.from_numpy(np.stack(images)).to(self.device))
-        with by_onednn(self.device):
+        with autocast(self.device, self.precision), by_onednn(self.device):
             found = [encode_image(self.model.clip, some).pooled for some in torch.split(pixels, IMAGES_AT_ONCE)]
         return torch.cat(found).float().cpu()  # type: ignore[arg-type]
 
@@ -174,18 +175,19 @@ class Started:
         found = []
         for begin in range(0, len(texts), 256):
             ids = self.model.token_ids(texts[begin : begin + 256]).to(self.device)
-            with by_onednn(self.device):
+            with autocast(self.device, self.precision), by_onednn(self.device):
                 found.append(encode_text(self.model.clip, ids).pooled)
         return torch.cat(found).float().cpu()
 
 
 def copy_of_start(recipe: Recipe, start: Start, device: torch.device) -> tuple[DualEncoder, str]:
-    """The run's own towers as they start, and the version of all in them that comes from weights."""
+    """The run's own towers as they start, and the version of what they give: of all in them that comes from weights."""
     with torch.random.fork_rng():  # the run's own stay what they would be without it
         copy = DualEncoder(recipe)
     weights = first_weights(start, copy.clip)
     copy.clip.load_state_dict(weights, strict=False)
-    return copy.to(device), hash_of(str(copy.image_size), str(copy.context_length), *tensors_of(weights))
+    facts = str(copy.image_size), str(copy.context_length), recipe.engine.precision
+    return copy.to(device), hash_of(*facts, *tensors_of(weights))
 
 
 def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
@@ -201,5 +203,5 @@ def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
     copy, version = copy_of_start(recipe, start, device)
     if "image" in learning and not copy.pooled_width:
         raise InputError("terms.distillation.teacher = start: this image tower gives no feature before its projection.")
-    started = Started(copy, device)
+    started = Started(copy, device, recipe.engine.precision)
     return Teacher(START, None, tuple(learning), 1.0, hash_of(START, version), lambda *asked: _embed(started, *asked))  # type: ignore[arg-type]
