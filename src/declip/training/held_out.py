@@ -64,7 +64,7 @@ class HeldOut:
         """
         was_training = model.training
         model.eval()
-        with by_onednn(device):
+        with autocast(device, self.precision), by_onednn(device):  # as steps are computed
             images, texts = (self._embed(model, part, device, token_wise) for part in ("image", "text"))
         model.train(was_training)
         found = retrieval_metrics(images, texts, self.image_of_text)
@@ -77,20 +77,17 @@ class HeldOut:
         rows = torch.split(self.images, IMAGES_AT_ONCE) if part == "image" else torch.split(self.tokens, 512)
         if token_wise is None and model.tune[part] in RESTING:
             if part not in self.below:
-                with autocast(device, self.precision):  # as what is kept of the training pairs
-                    self.below[part] = [_below(model, part, some.to(device), self.pad) for some in rows]
-            half = model.tune[part] == "last"
-            with autocast(device, self.precision if half else "float32"):
-                above = [
-                    _above(model, part, some.to(device), states, self.pad).float()
-                    for some, states in zip(rows, self.below[part], strict=True)
-                ]
+                self.below[part] = [_below(model, part, some.to(device), self.pad) for some in rows]
+            above = [
+                _above(model, part, some.to(device), states, self.pad).float()
+                for some, states in zip(rows, self.below[part], strict=True)
+            ]
             return F.normalize(torch.cat(above), dim=-1).cpu()
         if part == "image":
             found = [embed_images(model.clip, model.pixels(some.to(device)), token_wise) for some in rows]
         else:
             found = [embed_texts(model.clip, some.to(device), self.pad, token_wise) for some in rows]
-        return torch.cat(found).to("cpu" if token_wise is None else device)
+        return torch.cat(found).float().to("cpu" if token_wise is None else device)
 
 
 def _below(model: DualEncoder, part: Part, rows: Tensor, pad: int) -> Tensor:
