@@ -95,7 +95,6 @@ STUDIES: dict[str, list[tuple[str, ...]]] = {
         ("data.mix=0",),
         ("optimizer.ema=0",),
         ("model.image.classes=none",),
-        ("terms.class_names.weight=0",),
         ("model.logit_scale_init=2.6593",),
         ("model.logit_scale_init=1.5",),
         ("terms.nearest_neighbour.weight=0.2",),

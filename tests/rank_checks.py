@@ -23,7 +23,7 @@ from made import batch, features
 from torch import nn
 
 from declip.data.decoded import Images, open_images
-from declip.data.kept import ClassScores, Kept
+from declip.data.kept import Kept
 from declip.data.loader import BatchMaker
 from declip.data.sources import open_sources
 from declip.errors import InputError, Preempted, RankLost
@@ -62,10 +62,6 @@ METHODS = {
     "clip, equal captions": ("clip", ["terms.contrastive.equal_captions=positives", "data.text.pool=first"]),
     "clip, a ResNet": ("clip", RESNET),
     "clip, mixed": ("clip", ["data.mix=0.5", "terms.contrastive.equal_captions=positives", "data.text.pool=first"]),
-    "clip, mixed classes": (
-        "clip",
-        ["terms.class_names.weight=1", "model.image.classes=imagenet", "data.mix=0.3"],
-    ),
     "clip, taught": ("clip", ["terms.distillation.teacher=somebody", "terms.distillation.images=2"]),
     "declip": ("declip", ["terms.contrastive.multi_view=0.5"]),
     "declip, reference": (
@@ -117,7 +113,7 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     unscaled = LossScale(torch.device("cpu"), moves=False)
     images = open_images(open_sources(recipe.data.train, recipe.data), 1, 1)
     towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
-    kept = lesson(images, model) if recipe.terms.distillation or recipe.terms.class_names else None
+    kept = lesson(images) if recipe.terms.distillation else None
     maker = BatchMaker(images, recipe, *towers, rank=ranks.rank, ranks=ranks.count, kept=kept)
     named = [(name, p) for part in (model, objective) for name, p in part.named_parameters()]
     found: dict[str, Any] = {"losses": [], "gradients": []}
@@ -144,20 +140,13 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def lesson(images: Images, model: DualEncoder) -> Kept:
-    """What a teacher and a classifier of six classes may have said, with images that they could not read."""
+def lesson(images: Images) -> Kept:
+    """What a teacher may have said, with images that it could not read."""
     random = np.random.default_rng(0)
     said = random.standard_normal((len(images.source), 5)), random.standard_normal((int(images.caption_ends[-1]), 5))
     pictures, texts = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in said)
     pictures[::7] = np.nan
-    scores = random.dirichlet(np.ones(6), len(images.source))
-    scores[::7] = np.nan
-    tokens = model.token_ids(["red", "a green circle", "blue", "a small square"]).numpy()
-    return Kept(
-        teacher_images=pictures.astype(np.float16),
-        teacher_texts=texts.astype(np.float16),
-        classes=ClassScores(scores.astype(np.float16), np.array([0, 2, 3, 5]), tokens),
-    )
+    return Kept(teacher_images=pictures.astype(np.float16), teacher_texts=texts.astype(np.float16))
 
 
 def whole_states(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, torch.Tensor]]:

@@ -25,8 +25,7 @@ from declip.safety import Safety
 from declip.terms import Contrastive, Section, Terms, TextView
 
 SELF_SUPERVISED = {"simsiam", "simclr"}
-MIXED = {"contrastive", "simsiam", "masked_language", "class_names"}
-"""Terms that know what a mixed picture is, or need not."""
+MIXED = {"contrastive", "simsiam", "masked_language"}  # terms that know what a mixed picture is, or need not
 
 
 class Engine(Safety):
@@ -119,8 +118,6 @@ class Recipe(Section):
             self.engine.shard or self.evaluation.interpolate
         ):
             raise ValueError("tune = lora goes with neither engine.shard nor evaluation.interpolate: leave one out")
-        if "class_names" in active and not self.model.image.classes:
-            raise ValueError("terms.class_names needs names: say model.image.classes, or leave the term out")
         if self.data.mix and (odd := sorted(active.keys() - MIXED)):
             raise ValueError(f"data.mix does not go with terms.{odd[0]}: leave one of them out")
         if self.data.mix and self.schedule.batch_size % 2:

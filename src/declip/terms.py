@@ -149,14 +149,6 @@ class Distillation(Section):
         return self
 
 
-class ClassNames(Section):
-    """Pictures against the names of the classes that the image tower's own classifier saw in them at the start."""
-
-    weight: float = Field(0.3, ge=0, description="weight in the loss")
-    images: Literal[1, 2] = Field(1, description="how many image views take part")
-    classes: int = Field(256, gt=1, description="how many classes take part: those seen most in the training pictures")
-
-
 class Terms(Section):
     contrastive: Contrastive | None = Field(None, description="image-text InfoNCE over views")
     sigmoid: Sigmoid | None = Field(None, description="image-text sigmoid loss over views")
@@ -166,9 +158,6 @@ class Terms(Section):
     masked_language: MaskedLanguage | None = Field(None, description="text self-supervision")
     nearest_neighbour: NearestNeighbour | None = Field(None, description="captions of similar pairs")
     distillation: Distillation | None = Field(None, description="what a larger model, or the start, makes of the pairs")
-    class_names: ClassNames | None = Field(
-        None, description="what the image tower's classifier sees, by the names of model.image.classes"
-    )
 
     def active(self) -> dict[str, Section]:
         """The terms that take part, by name; a weight of zero takes no part."""

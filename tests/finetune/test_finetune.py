@@ -13,9 +13,7 @@ from conftest import pair, picture, write_pairs
 
 import declip
 from declip.cli import main
-from declip.finetune import prepare
 from declip.recipe import Recipe, load_recipe
-from declip.training.estimate import estimate
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -258,18 +256,3 @@ def test_a_batch_that_is_too_large_for_the_memory_comes_in_pieces(
     assert load_recipe(tmp_path / "run" / "recipe.toml").engine.micro_batch == 1
     plan = {row["path"]: row for row in answer(capsys)["plan"]}
     assert "GB of memory, 0.00195 are free" in plan["engine.micro_batch"]["reason"]
-
-
-def test_a_few_small_steps_see_as_many_names_a_pair_as_the_run(
-    four_classes: list[str], pairs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-    monkeypatch.setattr(prepare, "TIMED_PAIRS", 4)
-    monkeypatch.setattr(prepare, "estimate", lambda recipe: asked.append(recipe) or estimate(recipe))
-    usual = [f"data.train={str(pairs)!r}", "data.workers=0", "engine.device=cpu", "schedule.batch_size=8"]
-    seconds, pair_bytes, _ = prepare._small_steps(
-        load_recipe("clip", [*usual, *four_classes, "terms.class_names.classes=4"])
-    )
-    assert (asked[0].schedule.batch_size, asked[0].terms.class_names.classes) == (4, 2)
-    assert seconds > 0
-    assert pair_bytes > 0

@@ -121,15 +121,6 @@ def test_towers_meet_by_the_names_of_imagenets_classes() -> None:
         assert "model.image.classes" not in said(choose(facts))
 
 
-def test_what_the_classifier_knew_is_not_forgotten_where_it_has_names() -> None:
-    knows = replace(APART, classes=1000, sides=0.0)
-    assert said(choose(knows))["terms.class_names.weight"] == 0.3
-    named = replace(APART, classes=9, said={"model.image.classes": "names.txt"})
-    assert said(choose(named))["terms.class_names.weight"] == 0.3
-    for facts in (APART, replace(knows, said={"model.image.classes": None}), replace(knows, joint=True)):
-        assert "terms.class_names.weight" not in said(choose(facts))
-
-
 def test_pictures_are_mirrored_where_captions_name_no_sides() -> None:
     assert "data.images.flip" not in said(choose(APART))
     assert said(choose(replace(APART, sides=0.004)))["data.images.flip"] == 0.5

@@ -29,8 +29,6 @@ class Batch:
     own_share: with `data.mix`, share of each image that is its own in the mixture with its partner's; else None
     teacher_images: float32 [batch, width], a teacher's embedding of each image; NaN where it has none
     teacher_texts: float32 [batch, width], that of the caption view
-    class_scores: float32 [batch, classes], how likely each image was each class at the start; NaN where nobody knows
-    class_tokens: int64 [classes, tokens], the names of these classes
     """
 
     images: Tensor
@@ -46,8 +44,6 @@ class Batch:
     own_share: float | None = None
     teacher_images: Tensor | None = None
     teacher_texts: Tensor | None = None
-    class_scores: Tensor | None = None
-    class_tokens: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         if device.type == "cpu":

@@ -13,23 +13,6 @@ States = NDArray[np.float16]
 
 
 @dataclass(frozen=True)
-class ClassScores:
-    """What a classifier sees in the pairs' images.
-
-    scores: [pairs, all its classes], probabilities; NaN where an image could not be read
-    chosen: which of its classes take part, int64 [classes]; tokens: their names, int64 [classes, tokens]
-    """
-
-    scores: States
-    chosen: NDArray[np.int64]
-    tokens: NDArray[np.int64]
-
-    def of(self, pairs: list[int]) -> NDArray[np.float32]:
-        """Scores of the chosen classes: [pairs, classes]."""
-        return self.scores[pairs][:, self.chosen].astype(np.float32)
-
-
-@dataclass(frozen=True)
 class Kept:
     """What comes before all that learns, mapped into memory; None of a tower of which nothing is kept.
 
@@ -40,7 +23,6 @@ class Kept:
     text_ends: where the tokens of each caption end: int64 [captions]
     teacher_images, teacher_texts: a teacher's embeddings, normalised: [pairs, width] and [captions, width]; NaN where
         an image could not be read
-    classes: what the image tower's own classifier saw at the start
     """
 
     images: States | None = None
@@ -48,7 +30,6 @@ class Kept:
     text_ends: NDArray[np.int64] | None = None
     teacher_images: States | None = None
     teacher_texts: States | None = None
-    classes: ClassScores | None = None
 
     @property
     def replaces_tokens(self) -> bool:

@@ -130,7 +130,6 @@ class BatchMaker(Dataset[Batch | InputError]):
         ids = None
         if self.wants_caption_ids:
             ids = torch.tensor([[text_hash(text) for text in texts] for texts in zip(*captions, strict=True)])
-        classes = self.kept.classes
         return Batch(
             images=torch.from_numpy(images),
             tokens=torch.from_numpy(tokens),
@@ -147,8 +146,6 @@ class BatchMaker(Dataset[Batch | InputError]):
             own_share=self._own_share(number),
             teacher_images=_rows(self.kept.teacher_images, pairs),
             teacher_texts=_rows(self.kept.teacher_texts, shown),
-            class_scores=None if classes is None else torch.from_numpy(classes.of(pairs)),
-            class_tokens=None if classes is None else torch.from_numpy(classes.tokens),
         )
 
     def _own_share(self, number: int) -> float | None:

@@ -205,17 +205,10 @@ def _speed(recipe: Recipe, progress: Progress | None) -> Speed:
 
 def _small_steps(recipe: Recipe) -> tuple[float, float, int | None]:
     """Seconds and bytes that a pair takes, from a few small steps, and the bytes that are free without them."""
-    size = min(TIMED_PAIRS, recipe.schedule.batch_size)
-    small = recipe.schedule.model_copy(update={"batch_size": size})
-    terms = recipe.terms
-    if terms.class_names is not None:  # whose names are as many in a step of any size: here so many as a pair has there
-        count = max(2, terms.class_names.classes * size // recipe.schedule.batch_size)
-        names = terms.class_names.model_copy(update={"classes": count})
-        terms = terms.model_copy(update={"class_names": names})
+    small = recipe.schedule.model_copy(update={"batch_size": min(TIMED_PAIRS, recipe.schedule.batch_size)})
     alone = recipe.data.model_copy(update={"validation": [], "holdout": 0.0})
     unmixed = recipe.evaluation.model_copy(update={"interpolate": False})  # which wants held-out pairs
-    few = {"schedule": small, "terms": terms, "data": alone, "evaluation": unmixed}
-    found = estimate(recipe.model_copy(update=few))
+    found = estimate(recipe.model_copy(update={"schedule": small, "data": alone, "evaluation": unmixed}))
     gc.collect()
     pair_bytes = GB * found["memory_gb"]["activations"] / small.batch_size
     return 1 / found["samples_per_second"], pair_bytes, free_memory(pick_device(recipe.engine.device))

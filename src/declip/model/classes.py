@@ -20,7 +20,7 @@ from declip.errors import InputError
 from declip.model.class_embeddings import class_embeddings
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import embed_texts
-from declip.model.start import Classifier, Start
+from declip.model.start import Start
 from declip.model.text_tower import is_huggingface
 
 TEMPLATE = "a photo of a {}"
@@ -43,28 +43,19 @@ def read_classes(classes: str) -> Sequence[str]:
         ) from None
 
 
-def named_classifier(start: Start, classes: str) -> tuple[Classifier, Sequence[str]]:
-    """The classifier that comes with the image tower's weights, and what its classes are called.
-
-    classes: as `read_classes` takes it. Raises InputError where there is none, or another number of names.
-    """
-    classifier, names = _classifier(start), read_classes(classes)
-    if len(names) != len(classifier.weight):
-        raise InputError(
-            f"model.image.classes = {classes!r} has {len(names):,} names, and the classifier that comes with "
-            f"{_where(start)} has {len(classifier.weight):,} classes: give a name for each, in its order."
-        )
-    return classifier, names
-
-
 def start_by_classes(model: DualEncoder, start: Start, classes: str) -> None:
     """Let both projections, which start at random, start where pictures lie by the names of their classes.
 
     classes: as `read_classes` takes it. Neither projection's size changes, in the norm of all its numbers together.
     Raises InputError where a tower comes without what this takes, or names and classifier do not go together.
     """
-    (classifier, _), names = named_classifier(start, classes)
-    image, text = _projections(model, start)
+    classifier, image, text = _parts(model, start)
+    names = read_classes(classes)
+    if len(names) != len(classifier):
+        raise InputError(
+            f"model.image.classes = {classes!r} has {len(names):,} names, and the classifier that comes with "
+            f"{_where(start)} has {len(classifier):,} classes: give a name for each, in its order."
+        )
     with torch.no_grad():
         size = text.norm()
         nn.init.orthogonal_(text)
@@ -84,8 +75,7 @@ def start_by_classes(model: DualEncoder, start: Start, classes: str) -> None:
 def classes_of(model: DualEncoder, start: Start) -> int:
     """How many classes `start_by_classes` wants the names of; 0 where the towers come without what it takes."""
     with contextlib.suppress(InputError):
-        _projections(model, start)
-        return len(_classifier(start).weight)
+        return len(_parts(model, start)[0])
     return 0
 
 
@@ -104,29 +94,25 @@ def _where(start: Start) -> str:
     return "model.image.init" if start.image is None else start.image.where
 
 
-def _classifier(start: Start) -> Classifier:
+def _parts(model: DualEncoder, start: Start) -> tuple[Tensor, Tensor, Tensor]:
+    """The classifier's weights [classes, width], and those of both projections: [embed dim, width]."""
     if start.image is None or start.image.classifier is None:
         raise InputError(
             f"model.image.classes: {_where(start)} comes with no classifier, as timm's weights do: leave it out."
         )
-    return start.image.classifier
-
-
-def _projections(model: DualEncoder, start: Start) -> tuple[Tensor, Tensor]:
-    """Both projections' weights, [embed dim, width]; raises InputError where the towers have no such."""
-    width = _classifier(start).weight.shape[1]
     if start.text is None or not is_huggingface(model.clip):
         raise InputError(
             "model.image.classes is for a text tower that knows words and has no projection yet: name a Hugging Face "
             "text model as model.text.init, or leave it out."
         )
+    classifier = start.image.classifier.float()
     image, text = _projection(model.clip.visual.head, "image"), _projection(model.clip.text.proj, "text")
-    if image.shape[1] != width:
+    if image.shape[1] != classifier.shape[1]:
         raise InputError(
-            f"model.image.classes: the classifier of {_where(start)} takes {width} numbers of a picture, "
+            f"model.image.classes: the classifier of {_where(start)} takes {classifier.shape[1]} numbers of a picture, "
             f"the projection {image.shape[1]}: leave model.image.timm_pool or model.image.classes out."
         )
-    return image, text
+    return classifier, image, text
 
 
 def _projection(module: nn.Module, part: str) -> Tensor:

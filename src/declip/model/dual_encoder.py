@@ -71,7 +71,6 @@ class Features:
     text_tokens: by text view [batch, tokens, width], for the views that some term asks for
     text_mask: by text view bool [batch, tokens], false where a caption is padded, for the same views
     pooled_text: by text view [batch, width], before the projection to the joint space; empty when no term asks
-    class_text: [classes, dim], the batch's names of classes, not normalised; None where it has none
     ranks: the processes that share the global batch; everything above is this one's part of it
     """
 
@@ -84,7 +83,6 @@ class Features:
     text_tokens: dict[str, Tensor] = field(default_factory=dict)
     text_mask: dict[str, Tensor] = field(default_factory=dict)
     pooled_text: dict[str, Tensor] = field(default_factory=dict)
-    class_text: Tensor | None = None
     ranks: Ranks = ALONE
 
     @cached_property
@@ -236,7 +234,6 @@ class DualEncoder(nn.Module):
             if self.wants_pooled_text
             else {},
             text_mask={view: caption_mask(ids, self.tokenizer.special.pad) for view, _, ids in wanted},
-            class_text=None if batch.class_tokens is None else self._encode_texts(batch.class_tokens).embedding.float(),
         )
 
     def token_ids(self, texts: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -56,13 +56,6 @@ class _Facts(NamedTuple):
     usual: dict[str, Any]
 
 
-class Classifier(NamedTuple):
-    """Of a timm network: scores of its classes are what it pools times `weight` [classes, width] plus `bias`."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
 @dataclass
 class TowerStart:
     """The weights of one tower.
@@ -70,7 +63,7 @@ class TowerStart:
     where: what messages call it; kind: whose names the tensors have
     tensors: by their names inside the tower: timm's trunk, the Hugging Face model, else open_clip's tower with its
         projection
-    classifier: of a timm network that comes with one
+    classifier: [classes, width], of a timm network that comes with one
     """
 
     where: str
@@ -78,7 +71,7 @@ class TowerStart:
     facts: _Facts
     tensors: dict[str, Tensor]
     pixels: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    classifier: Classifier | None = None
+    classifier: Tensor | None = None
     quick_gelu: bool | None = None
     projected_to: int | None = None
     custom_text: bool = False
@@ -189,20 +182,12 @@ def _from_timm(name: str, tensors: dict[str, Tensor] | None, where: str) -> Towe
             tensors = timm.create_model(name, pretrained=True).state_dict()
         except (RuntimeError, OSError, ValueError) as error:
             raise InputError(f"{where}: timm cannot fetch its weights: {first_line(error)}.") from None
-    apart = (config.classifier,) if isinstance(config.classifier, str) else tuple(config.classifier or ())
-    trunk = {name: t for name, t in tensors.items() if not name.startswith(tuple(f"{one}." for one in apart))}
+    classifier = (config.classifier,) if isinstance(config.classifier, str) else tuple(config.classifier or ())
+    trunk = {name: t for name, t in tensors.items() if not name.startswith(tuple(f"{one}." for one in classifier))}
+    rows = next((tensors[f"{one}.weight"].flatten(1) for one in classifier if f"{one}.weight" in tensors), None)
     usual = {"timm_pool": "", "timm_proj": "linear", "image_size": config.input_size[-1]}
     facts = _Facts({"timm_model_name": name}, usual)
-    return TowerStart(where, "timm", facts, trunk, (tuple(config.mean), tuple(config.std)), _classifier(tensors, apart))
-
-
-def _classifier(tensors: dict[str, Tensor], names: Sequence[str]) -> Classifier | None:
-    """The first of these layers that has weights."""
-    for name in names:
-        if f"{name}.weight" in tensors:
-            bias = tensors.get(f"{name}.bias")
-            return Classifier(tensors[f"{name}.weight"].flatten(1).float(), None if bias is None else bias.float())
-    return None
+    return TowerStart(where, "timm", facts, trunk, (tuple(config.mean), tuple(config.std)), rows)
 
 
 def _read_text(options: TextTower) -> TowerStart:

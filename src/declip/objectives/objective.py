@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from declip.data.batch import Batch
 from declip.model.dual_encoder import DualEncoder, Features
 from declip.model.heads import TokenMappings
-from declip.objectives.class_names import ClassNames
 from declip.objectives.contrastive import Contrastive
 from declip.objectives.distillation import Distillation
 from declip.objectives.masked_language import MaskedLanguage
@@ -95,6 +94,4 @@ def _build_term(
             width, teacher_scale = teacher
             widths = None if width is None else (model.dim, width)
             return Distillation(widths, options.images, options.features, options.similarities, teacher_scale)
-        case "class_names":
-            return ClassNames(options.images)
     raise ValueError(f"there is no term {name!r}")

@@ -27,7 +27,7 @@ class Way:
     that start at random (None: as their tower); random_lr: of a tower that starts at random
     start_decay, interpolate: back to the start; plain_views: no changes of colours; pool: of several captions
     smaller_views: than the images that the tower judges, where it takes any size; mix: pictures, as `data.mix` says
-    class_names: weight of `terms.class_names`, where classes have names; logit_scale_init: as `model` has it
+    logit_scale_init: as `model` has it
     ema: average of the weights; frozen_norms: batch norms keep their statistics
     two_captions: of each picture in a step, where all layers learn
     """
@@ -41,7 +41,6 @@ class Way:
     plain_views: bool = False
     smaller_views: bool = False
     mix: float = 0.0
-    class_names: float = 0.0
     logit_scale_init: float | None = None
     ema: float = 0.0
     frozen_norms: bool = False
@@ -76,7 +75,6 @@ APART = Way(
     plain_views=True,
     smaller_views=True,
     mix=0.3,
-    class_names=0.3,
     logit_scale_init=2.3,
     ema=0.98,
     frozen_norms=True,
@@ -190,13 +188,9 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         own = facts.embed_dim is not None
         why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
         yield Choice("model.embed_dim", facts.embed_dim or way.embed_dim, why)
-        named = facts.classes == IMAGENET_CLASSES and facts.sides is not None  # captions in English, as the names are
-        if named:
+        if facts.classes == IMAGENET_CLASSES and facts.sides is not None:  # captions in English, as the names are
             why = "what the image tower knows has names, which the text tower knows: they meet before the first pair"
             yield Choice("model.image.classes", IMAGENET, why)
-        if way.class_names and facts.said.get("model.image.classes", named):
-            why = "and what it saw in a picture then is not forgotten, which keeps few pairs from being learnt by heart"
-            yield Choice("terms.class_names.weight", way.class_names, why)
     if way.logit_scale_init is not None:
         why = "a factor of 10 on similarities, where open_clip starts at 14: few pairs are learnt by heart less soon"
         yield Choice("model.logit_scale_init", way.logit_scale_init, why)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from declip.ranks import Ranks
 from declip.recipe import Recipe
 from declip.training.batch_norm import synchronise
 from declip.training.checkpoint import check_run, make_run
-from declip.training.class_scores import ImageClassifier, open_classifier
 from declip.training.distributed import (
     News,
     agree,
@@ -136,7 +135,7 @@ def set_up(
         raise InputError(
             "evaluation.interpolate needs held-out pairs to choose by: set data.holdout or data.validation."
         )
-    teacher, classifier = open_teacher(recipe, start, device), open_classifier(recipe, start, device)
+    teacher = open_teacher(recipe, start, device)
     model, objective, first = _build(recipe, start, pairs, going_on, ranks, teacher)
     held_out = None
     if held_images and not ranks.rank:
@@ -148,13 +147,12 @@ def set_up(
     run = Run(recipe, out or Path(), device, model, objective, images, held_out, steps, saver, ranks, first)
     if going_on:
         run.read()
-    lessons = [lesson for lesson in (teacher, classifier) if lesson is not None]
     if keep:
-        shows = bool(lessons or kept_parts(recipe)) and not quiet and not ranks.rank
+        shows = bool(teacher or kept_parts(recipe)) and not quiet and not ranks.rank
         with progress_bar() if shows else nullcontext(progress) as shown:
-            run.kept = _keep(run, lessons, shown)
+            run.kept = _keep(run, teacher, shown)
     else:
-        run.kept = _keep_nothing(run, lessons)
+        run.kept = _keep_nothing(run, teacher)
     if writes:
         make_run(run.out, recipe, beside)  # where it goes on, the schedule may be another
         if going_on:
@@ -162,20 +160,16 @@ def set_up(
     return run
 
 
-def _keep(run: Run, lessons: Sequence[Teacher | ImageClassifier], progress: Progress | None) -> Kept:
-    """What comes before all that learns, and what teachers say: of all pairs, before the first step."""
+def _keep(run: Run, teacher: Teacher | None, progress: Progress | None) -> Kept:
+    """What comes before all that learns, and what a teacher says: of all pairs, before the first step."""
     kept = keep_features(run.model, run.images, run.recipe, run.device, progress)
-    for lesson in lessons:
-        kept = lesson.learn(run.images, run.recipe, kept, run.model, progress)
-    return kept
+    return teacher.learn(run.images, run.recipe, kept, progress) if teacher else kept
 
 
-def _keep_nothing(run: Run, lessons: Sequence[Teacher | ImageClassifier]) -> Kept:
+def _keep_nothing(run: Run, teacher: Teacher | None) -> Kept:
     """Zeros in its place."""
     kept = empty_features(run.model, run.images, run.recipe)
-    for lesson in lessons:
-        kept = lesson.nothing(run.images, kept, run.model)
-    return kept
+    return teacher.nothing(run.images, kept, run.model) if teacher else kept
 
 
 def _build(

@@ -55,41 +55,27 @@ class Teacher:
     version: str
     embed: Callable[[Source, Part, Progress | None], States]
 
-    def learn(self, images: Images, recipe: Recipe, kept: Kept, model: DualEncoder, progress: Progress | None) -> Kept:
+    def learn(self, images: Images, recipe: Recipe, kept: Kept, progress: Progress | None) -> Kept:
         """`kept` with the embeddings of all pairs, computed where the cache has them not of these pairs."""
-        found = {}
+        source, found = images.source, {}
         for part in self.parts:
+            name = f"teacher's {part}s {hash_of(self.version, part, digest_of_pairs(source, part == 'image'))}"
 
-            def make(part: Part = part) -> States:
-                return self.embed(images.source, part, progress)
+            def write(place: Path, part: Part = part) -> None:
+                with open(place, "wb") as file:  # given a path, numpy adds an ending
+                    np.save(file, self.embed(source, part, progress))
 
-            found[f"teacher_{part}s"] = keep_lesson(images.source, recipe, f"{part}s", self.version, make)
-        return replace(kept, **found)  # type: ignore[arg-type]
+            path = Storage.of(recipe.data).kept(name, write, f"what the teacher makes of {source.name}")
+            found[f"teacher_{part}s"] = np.load(path, mmap_mode="r")
+        return replace(kept, **found)
 
     def nothing(self, images: Images, kept: Kept, model: DualEncoder) -> Kept:
         """`kept` with zeros in the place of the embeddings, for a run that only measures its steps."""
         counts = {"image": len(images.source), "text": int(images.caption_ends[-1])}
         widths = {"image": model.pooled_width, "text": model.text.width}
         shapes = {part: (counts[part], self.width or widths[part]) for part in self.parts}
-        return replace(kept, **{f"teacher_{part}s": zeros(shape) for part, shape in shapes.items()})  # type: ignore[arg-type]
-
-
-def keep_lesson(source: Source, recipe: Recipe, what: str, version: str, make: Callable[[], States]) -> States:
-    """What a teacher of a version makes of the pairs, mapped into memory; `make` is asked where the cache has none."""
-    name = f"teacher's {what} {hash_of(version, what, digest_of_pairs(source, what != 'texts'))}"
-
-    def write(place: Path) -> None:
-        with open(place, "wb") as file:  # given a path, numpy adds an ending
-            np.save(file, make())
-
-    path = Storage.of(recipe.data).kept(name, write, f"what the teacher makes of {source.name}")
-    found: States = np.load(path, mmap_mode="r")
-    return found
-
-
-def zeros(shape: tuple[int, ...]) -> States:
-    """Zeros that take no memory."""
-    return np.broadcast_to(np.zeros((), np.float16), shape)
+        zeros = {f"teacher_{part}s": np.broadcast_to(np.zeros((), np.float16), shape) for part, shape in shapes.items()}
+        return replace(kept, **zeros)  # type: ignore[arg-type]
 
 
 def open_teacher(recipe: Recipe, start: Start, device: torch.device) -> Teacher | None:
@@ -114,7 +100,7 @@ def open_teacher(recipe: Recipe, start: Start, device: torch.device) -> Teacher 
 def _of_model(model: LoadedModel) -> Teacher:
     width = model.encode_text(["a photo"]).shape[1]
     said = (re.sub(r" at 0x\w+", "", repr(part)) for part in (model.preprocess, model.tokenizer))
-    facts = [*said, *tensors_of(model.clip.state_dict())]
+    facts = [*said, *_tensors(model.clip.state_dict())]
     return Teacher(
         model.name, width, ("image", "text"), model.logit_scale, hash_of(*facts), lambda *asked: _embed(model, *asked)
     )
@@ -136,7 +122,7 @@ def _in_half(embeddings: Tensor) -> States:
     return half
 
 
-def tensors_of(state: dict[str, Tensor]) -> list[str | bytes]:
+def _tensors(state: dict[str, Tensor]) -> list[str | bytes]:
     return [part for name, tensor in state.items() for part in (name, tensor.detach().cpu().float().numpy().tobytes())]
 
 
@@ -150,7 +136,7 @@ def _of_file(file: EmbeddingsFile) -> Teacher:
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
-class Started:
+class _Started:
     """The run's own towers as they started, as something that embeds: what they pool before their projections."""
 
     name = START
@@ -180,16 +166,6 @@ class Started:
         return torch.cat(found).float().cpu()
 
 
-def copy_of_start(recipe: Recipe, start: Start, device: torch.device) -> tuple[DualEncoder, str]:
-    """The run's own towers as they start, and the version of what they give: of all in them that comes from weights."""
-    with torch.random.fork_rng():  # the run's own stay what they would be without it
-        copy = DualEncoder(recipe)
-    weights = first_weights(start, copy.clip)
-    copy.clip.load_state_dict(weights, strict=False)
-    facts = str(copy.image_size), str(copy.context_length), recipe.engine.precision
-    return copy.to(device), hash_of(*facts, *tensors_of(weights))
-
-
 def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
     model, learning = recipe.model, []
     for part, tower in (("image", model.image), ("text", model.text)):
@@ -200,8 +176,15 @@ def _of_start(recipe: Recipe, start: Start, device: torch.device) -> Teacher:
             "terms.distillation.teacher = start: no tower that learns starts from weights: set model.init, "
             "model.image.init or model.text.init, or leave the term out."
         )
-    copy, version = copy_of_start(recipe, start, device)
+    with torch.random.fork_rng():  # the run's own towers stay what they would be without it
+        copy = DualEncoder(recipe)
+    weights = first_weights(start, copy.clip)
+    copy.clip.load_state_dict(weights, strict=False)
     if "image" in learning and not copy.pooled_width:
         raise InputError("terms.distillation.teacher = start: this image tower gives no feature before its projection.")
-    started = Started(copy, device, recipe.engine.precision)
-    return Teacher(START, None, tuple(learning), 1.0, hash_of(START, version), lambda *asked: _embed(started, *asked))  # type: ignore[arg-type]
+    started = _Started(copy.to(device), device, recipe.engine.precision)
+    # Of all in them that comes from weights: random projections come after what is asked.
+    version = hash_of(
+        START, str(copy.image_size), str(copy.context_length), recipe.engine.precision, *_tensors(weights)
+    )
+    return Teacher(START, None, tuple(learning), 1.0, version, lambda *asked: _embed(started, *asked))  # type: ignore[arg-type]

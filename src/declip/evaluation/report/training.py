@@ -36,7 +36,6 @@ _TERMS = {  # in the order of the charts: title, and what the term asks of the m
     "masked_language": ("Masked language", "predict the hidden words of a caption"),
     "nearest_neighbour": ("Nearest neighbour", "match pictures with captions of similar pairs"),
     "token_wise": ("Token-wise", "match patches with words"),
-    "class_names": ("Class names", "see the classes that the image tower saw at the start, by their names"),
 }
 _SCORE: dict[str, Any] = {"noisy": False, "from_zero": True, "number": "{:.1f}".format, "unit": "%"}
 _SPEED: dict[str, Any] = {"from_zero": True, "number": compact}
