@@ -251,8 +251,8 @@ def test_writers_say_that_the_disk_is_full(train: Run, out: Path, file: str, mon
         pytest.skip("needs /dev/full")
     begin = Saver.__init__
 
-    def prepared(saver: Saver, *arguments: Any) -> None:
-        begin(saver, *arguments)
+    def prepared(saver: Saver, *arguments: Any, **options: Any) -> None:
+        begin(saver, *arguments, **options)
         (out / "checkpoints").mkdir(parents=True)
         (out / "checkpoints" / file).symlink_to("/dev/full")
 
