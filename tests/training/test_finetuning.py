@@ -10,7 +10,18 @@ import pytest
 from declip.errors import InputError
 from declip.finetune.look import sides_named
 from declip.recipe import load_recipe
-from declip.training.finetuning import batch_for, choose, epochs_for, is_short, may_be_short, view_size_for
+from declip.training.finetuning import (
+    CAPTION,
+    LAST_LAYERS,
+    VIEW,
+    batch_for,
+    choose,
+    epochs_for,
+    is_short,
+    may_be_short,
+    passes_in,
+    view_size_for,
+)
 from declip.training.plan import Choice, Facts, Plan, Speed, override
 
 JOINT = Facts(joint=True, pairs=5400, held_out=600, captions=5.0)
@@ -45,7 +56,7 @@ def test_a_whole_model_is_bent_and_two_towers_are_joined() -> None:
 
 def timed(facts: Facts, pair_seconds: float) -> Facts:
     """The facts after the steps that say whether all layers can learn."""
-    return replace(facts, short=may_be_short(facts) and is_short(facts, pair_seconds))
+    return replace(facts, passes=passes_in(facts, pair_seconds) if may_be_short(facts) else None)
 
 
 def test_the_last_layers_alone_learn_where_all_would_take_too_long() -> None:
@@ -67,11 +78,22 @@ def test_the_last_layers_alone_learn_where_all_would_take_too_long() -> None:
         assert "model.text.tune_layers" not in found
     # Seven steps of 112 pairs are timed then, and scores take a quarter: of 900 pairs in 127 s, less than six epochs.
     few = replace(short, pairs=900, minutes=3.0, spent=25.0)
-    assert [timed(few, seconds).short for seconds in (0.022, 0.014)] == [True, False]
+    assert [is_short(timed(few, seconds)) for seconds in (0.022, 0.014)] == [True, False]
     late = timed(replace(short, spent=300.0), 0.01)
     assert said(choose(late))["model.image.tune"] == "last"
     # What was decided stays, whatever the timing of the steps then takes.
     assert said(choose(replace(timed(short, 0.01), spent=300.0)))["model.image.tune"] == "all"
+
+
+def test_slow_machines_keep_fewer_views() -> None:
+    """What goes through the layers that rest takes time that the epochs then lack."""
+    apart = replace(APART, layers={"image": 16, "text": 6}, minutes=10.0)
+    views = [said(choose(replace(apart, passes=passes)))["model.image.views_kept"] for passes in (0.01, 0.7, 1.1, 2, 5)]
+    assert views == [1, 1, 2, 4, 4]
+    assert "model.image.views_kept" not in said(choose(replace(apart, passes=20.0)))
+    # Two views: keeping them and the captions leaves twice as many epochs and more.
+    left = 1.1 - 2 * VIEW - 5 * CAPTION
+    assert left / LAST_LAYERS >= 4
 
 
 def test_pictures_are_mixed_where_the_terms_know_what_that_is() -> None:
@@ -107,7 +129,7 @@ def test_a_batch_comes_in_pieces_where_the_memory_is_small() -> None:
     assert said(choose(small))["engine.micro_batch"] == 179  # 0.7 of 8 GB are for so many
     assert said(choose(replace(small, said={"schedule.batch_size": 64}))).get("engine.micro_batch") is None
     for facts in (
-        replace(small, short=True),  # what rests is kept, and the rest needs little
+        replace(small, passes=1.0),  # what rests is kept, and the rest needs little
         replace(small, said={"model.freeze_batch_norm": False}),  # each piece would have statistics of its own
         replace(small, said={"engine.compile": True}),
     ):

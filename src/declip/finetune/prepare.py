@@ -32,7 +32,7 @@ from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe, said_in
 from declip.training.checkpoint import RECIPE
 from declip.training.estimate import estimate, free_memory
-from declip.training.finetuning import check_enough, choose, is_short, may_be_short, view_size_for
+from declip.training.finetuning import check_enough, choose, may_be_short, passes_in, view_size_for
 from declip.training.pairs import check_batch, groups_of_pictures, open_pairs
 from declip.training.plan import Facts, Plan, Speed, override
 from declip.training.step import pick_device
@@ -126,7 +126,7 @@ def _planned(
     if may_be_short(facts) or recipe.model.image.tune not in RESTING:
         seconds, pair_bytes, left = _small_steps(recipe)
         facts = replace(facts, pair_bytes=pair_bytes, free_bytes=left, spent=time.perf_counter() - asked.began)
-        facts = replace(facts, short=may_be_short(facts) and is_short(facts, seconds))
+        facts = replace(facts, passes=passes_in(facts, seconds) if may_be_short(facts) else None)
     if asked.minutes:
         speed = _speed(_recipe(start, choose(facts), own), progress)
         facts = replace(facts, speed=speed, spent=time.perf_counter() - asked.began)

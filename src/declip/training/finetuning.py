@@ -97,6 +97,10 @@ FEW = 50_000
 """Training pairs up to which the last layers of two towers alone may learn: what the others give is kept on disk."""
 ENOUGH = 1 / 4
 """Share of the epochs that has to fit into the user's minutes for all layers to learn."""
+VIEWS = 4
+"""Views of an image that are kept of a tower whose last layers learn, where there is time."""
+VIEW, CAPTION, LAST_LAYERS = 0.11, 0.02, 0.17
+"""What keeping a view or a caption takes, and a pair in a step of the last layers, of a pair's time where all learn."""
 LEAST_PAIRS = 20
 """Pairs below which nothing can be learnt and judged."""
 IMAGENET_CLASSES = 1_000  # classifiers of so many classes are ImageNet's
@@ -177,13 +181,17 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         if tower in facts.random:
             continue
         layers = facts.layers.get(tower, 0)
-        if not facts.short or way.last is None or layers < 2:
+        if not is_short(facts) or way.last is None or layers < 2:
             yield Choice(f"model.{tower}.tune", "all", way.why["tune"])
             continue
         why = f"--minutes {facts.minutes:g} are too few for all layers: {way.why['last']}"
         yield Choice(f"model.{tower}.tune", "last", why)
         count = max(1, round(way.last[tower] * layers))
         yield Choice(f"model.{tower}.tune_layers", count, f"of {layers}")
+        if tower == "image":
+            views = _views_kept(facts)
+            why = "as many as are each seen twice at least" if views < VIEWS else "each is seen in several epochs"
+            yield Choice("model.image.views_kept", views, why)
     if not facts.joint:
         own = facts.embed_dim is not None
         why = "the projection that comes with the weights" if own else "wide enough for towers of any usual size"
@@ -264,7 +272,7 @@ def _can_mix(said: Mapping[str, Any]) -> bool:
 
 def _can_see_two(facts: Facts) -> bool:
     """Whether two captions of a picture may be seen: the terms are ours, and nothing of the text tower is kept."""
-    whole = facts.said.get("model.text.tune", "last" if facts.short else "all") == "all"
+    whole = facts.said.get("model.text.tune", "last" if is_short(facts) else "all") == "all"
     return whole and not _own_terms(facts.said)
 
 
@@ -274,12 +282,23 @@ def may_be_short(facts: Facts) -> bool:
     return facts.minutes is not None and not facts.joint and not facts.random and facts.pairs <= FEW and not asked
 
 
-def is_short(facts: Facts, pair_seconds: float) -> bool:
-    """Whether the user's minutes are too few for all layers, with which a pair takes so many seconds."""
+def passes_in(facts: Facts, pair_seconds: float) -> float:
+    """Epochs of all layers, with which a pair takes so many seconds, that fit into the user's minutes."""
     batch: int = facts.said.get("schedule.batch_size", batch_for(facts.pairs))
     seconds = (1 - JUDGED) * (_left(facts) - (WARM_UP + TIMED) * pair_seconds * batch)
-    passes = seconds / (pair_seconds * facts.pairs)
-    return passes < ENOUGH * (_said_epochs(facts) or epochs_for(facts.pairs, APART.epochs))
+    return seconds / (pair_seconds * facts.pairs)
+
+
+def is_short(facts: Facts) -> bool:
+    """Whether the user's minutes are too few for all layers."""
+    wanted = _said_epochs(facts) or epochs_for(facts.pairs, APART.epochs)
+    return facts.passes is not None and facts.passes < ENOUGH * wanted
+
+
+def _views_kept(facts: Facts) -> int:
+    """Views of an image that go through what rests of its tower: few enough that the epochs left see each twice."""
+    assert facts.passes is not None
+    return int(min(VIEWS, max(1, (facts.passes - CAPTION * facts.captions) / (VIEW + 2 * LAST_LAYERS))))
 
 
 def _is_whole(facts: Facts) -> bool:
@@ -322,7 +341,7 @@ def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
 def _of_memory(facts: Facts, way: Way, batch: int) -> Iterator[Choice]:
     """A batch in pieces where it is too large for the memory at once, and that computes the same."""
     frozen = facts.said.get("model.freeze_batch_norm", way.frozen_norms and "image" not in facts.random)
-    if facts.pair_bytes is None or facts.free_bytes is None or facts.short or (facts.batch_norms and not frozen):
+    if facts.pair_bytes is None or facts.free_bytes is None or is_short(facts) or (facts.batch_norms and not frozen):
         return
     wanted, there = batch * facts.pair_bytes, MEMORY * facts.free_bytes
     if wanted > there and not facts.said.get("engine.compile"):

@@ -32,7 +32,7 @@ class Facts:
         the words are known of
     said: what the user or the recipe says, by path; the rules say nothing of these
     minutes, speed: for all, and what a few steps took; None where time does not matter
-    short: whether the minutes are too few for all layers, as `is_short` says once
+    passes: epochs of all layers that fit into the minutes, as `passes_in` says once; None where they were not timed
     pair_bytes: what a pair takes while a step computes its gradients, where all layers learn; None where not measured
     free_bytes: of memory; None where that is not known
     spent: seconds that are gone already
@@ -55,7 +55,7 @@ class Facts:
     said: Mapping[str, Any] = field(default_factory=dict)
     minutes: float | None = None
     speed: Speed | None = None
-    short: bool = False
+    passes: float | None = None
     pair_bytes: float | None = None
     free_bytes: int | None = None
     spent: float = 0.0
