@@ -14,7 +14,15 @@ from declip.model.products import by_onednn, product
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(not products._kinds(), reason="oneDNN multiplies float32 on x86 only")
+KINDS = products._kinds
+
+pytestmark = pytest.mark.skipif(not products._is_there(), reason="oneDNN multiplies float32 on x86 only")
+
+
+@pytest.fixture(autouse=True)
+def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is taken, also where MKL is faster."""
+    monkeypatch.setattr(products, "_kinds", lambda: (torch.float32,))
 
 
 @pytest.fixture
@@ -45,6 +53,14 @@ def test_product(asked: list[torch.Size]) -> None:
         torch.testing.assert_close(product(a.double(), b.double()), a.double() @ b.double(), rtol=0, atol=0)
     assert len(asked) == 12
     assert product(torch.empty(0, 3), torch.empty(3, 2)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_where_it_is_taken(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    KINDS.cache_clear()
+    assert (torch.float32 in KINDS()) == (capability == "AVX512")
+    KINDS.cache_clear()
 
 
 def test_gradients() -> None:

@@ -17,6 +17,7 @@ from declip.training import estimate as estimating
 from declip.training import loop
 from declip.training import run as runs
 from declip.training.estimate import estimate
+from declip.training.held_out import HeldOut
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -80,6 +81,31 @@ def test_only_the_last_five_steps_are_timed(tiny: MakeRecipe, monkeypatch: pytes
     assert found["data_wait"] == pytest.approx(0.25)
     assert (found["held_out_scores"], found["cost"]) == (0, None)
     assert found["hours"] == pytest.approx(8 * 2 / 3600)
+
+
+def test_fewer_held_out_pairs_say_how_long_all_take(tiny: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimating, "SCORED", 3)
+    scored: list[int] = []
+    score, judged = HeldOut.score, estimating._Notes.held_out
+
+    def counted(held_out: HeldOut, *arguments: Any) -> dict[str, float]:
+        scored.append(len(held_out.images))
+        return score(held_out, *arguments)
+
+    def taking(notes: Any, row: dict[str, Any]) -> None:
+        judged(notes, row)
+        notes.judging = 6.0
+
+    monkeypatch.setattr(HeldOut, "score", counted)
+    monkeypatch.setattr(estimating._Notes, "held_out", taking)
+    held_out = loop.set_up(tiny(), None, False, loop.Ranks()).held_out
+    assert held_out is not None
+    count = len(held_out.images)
+    assert estimate(tiny())["seconds_per_score"] == pytest.approx(6.0 * count / 3)
+    assert count > 3
+    assert set(scored) == {3}
+    monkeypatch.setattr(estimating, "SCORED", 2 * count)
+    assert estimate(tiny())["seconds_per_score"] == pytest.approx(6.0)
 
 
 def test_a_loader_that_will_not_keep_up(tiny: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,12 +208,12 @@ def test_copies_are_looked_for_where_that_is_possible() -> None:
 
 
 def test_minutes_shorten_the_run_and_never_make_it_longer() -> None:
-    slow = replace(JOINT, minutes=10.0, speed=Speed(3.0, 2.0, 256))
+    slow = replace(JOINT, minutes=10.0, speed=Speed(3.0, 1.0, 256))
     found = choose(slow)
     epochs, scores = said(found)["schedule.epochs"], round(1 / said(found)["evaluation.every"])
     assert epochs < epochs_for(5400, 9)
     steps = epochs * 5400 / 256
-    assert 0.85 * 600 < steps * 3.0 + (scores + 11 + 4) * 2.0 < 600  # eleven mixtures, and judging after
+    assert 0.85 * 600 < steps * 3.0 + (scores + 11 + 4) * 1.0 < 600  # eleven mixtures, and judging after
     late = said(choose(replace(slow, spent=300.0)))["schedule.epochs"]
     assert epochs - late == pytest.approx(100 * 256 / 5400, rel=0.02)
     assert "--minutes 10" in next(choice for choice in found if choice.path == "schedule.epochs").reason

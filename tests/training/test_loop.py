@@ -223,6 +223,19 @@ def test_scoring_leaves_the_model_as_it_was(tiny: MakeRecipe, tmp_path: Path) ->
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_the_first_held_out_images_have_their_own_texts(tiny: MakeRecipe) -> None:
+    held_out = loop.set_up(tiny(), None, False, loop.Ranks()).held_out
+    assert held_out is not None
+    whole = len(held_out.images)
+    part = held_out.first(3)
+    assert (len(held_out.images), len(part.images)) == (whole, 3)
+    texts = [held_out.tokens[place] for place, owner in enumerate(held_out.image_of_text.tolist()) if owner < 3]
+    assert len(texts) >= 3
+    assert torch.equal(part.tokens, torch.stack(texts))
+    assert part.image_of_text.unique().tolist() == [0, 1, 2]
+    assert part.below is not held_out.below
+
+
 def test_views_are_smaller_than_the_images_that_it_judges(tiny: MakeRecipe, tmp_path: Path) -> None:
     tower = "model.image={ timm_model_name = 'mnasnet_small', timm_proj = 'linear', image_size = 64 }"
     run = loop.set_up(tiny("clip", tower, "data.view_size=32"), tmp_path / "run", False, loop.Ranks())

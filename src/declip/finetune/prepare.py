@@ -208,7 +208,8 @@ def _small_steps(recipe: Recipe) -> tuple[float, float, int | None]:
     small = recipe.schedule.model_copy(update={"batch_size": min(TIMED_PAIRS, recipe.schedule.batch_size)})
     alone = recipe.data.model_copy(update={"validation": [], "holdout": 0.0})
     unmixed = recipe.evaluation.model_copy(update={"interpolate": False})  # which wants held-out pairs
-    found = estimate(recipe.model_copy(update={"schedule": small, "data": alone, "evaluation": unmixed}))
+    few = recipe.model_copy(update={"schedule": small, "data": alone, "evaluation": unmixed})
+    found = estimate(few, timed=2)  # the rules ask for a factor, and all layers of a slow machine take long
     gc.collect()
     pair_bytes = GB * found["memory_gb"]["activations"] / small.batch_size
     return 1 / found["samples_per_second"], pair_bytes, free_memory(pick_device(recipe.engine.device))

@@ -1,7 +1,7 @@
 """Products of matrices on the CPU by oneDNN, also where PyTorch would not take it: of float32.
 
 For those PyTorch takes MKL, which does not use AVX-512 on AMD's processors; oneDNN's kernels are of the same precision
-and use it on either make (``benchmarks/embedding.py`` measures it).
+and use it on either make (``benchmarks/embedding.py`` measures it). With AVX2 alone MKL is the faster one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ def by_onednn(device: torch.device) -> AbstractContextManager[Any]:
 
 @cache
 def _kinds() -> tuple[torch.dtype, ...]:
-    """Of what matrices oneDNN is better; () where it is not there, or PyTorch takes it anyway, as on ARM."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    """Of what matrices oneDNN is better; () where it is not there, has no AVX-512, or PyTorch takes it anyway (ARM)."""
+    if not _is_there() or "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return ()
     in_half = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return (torch.float32, torch.bfloat16) if in_half else (torch.float32,)
+
+
+def _is_there() -> bool:
+    on_x86 = platform.machine() in ("x86_64", "AMD64")
+    return on_x86 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _fits(x: Tensor) -> bool:

@@ -24,6 +24,7 @@ from declip.training.loop import batch_maker, go, make_step, set_up
 from declip.training.run import Run
 
 WARM_UP, TIMED = 2, 5  # steps
+SCORED = 128  # images of the held-out pairs: how long these take says how long all do
 
 
 class _Notes(NoLog):
@@ -47,9 +48,9 @@ class _Notes(NoLog):
 
 
 def estimate(
-    recipe: Recipe, price: float | None = None, keep: bool = False, progress: Progress | None = None
+    recipe: Recipe, price: float | None = None, keep: bool = False, progress: Progress | None = None, timed: int = TIMED
 ) -> dict[str, Any]:
-    """What a run of the recipe will need, from 5 of its steps after 2 to warm up; writes no run folder.
+    """What a run of the recipe will need, from `timed` of its steps after 2 to warm up; writes no run folder.
 
     As one of several processes where torchrun has started them; what rank 0 gives back is the answer.
 
@@ -70,9 +71,10 @@ def estimate(
             run = set_up(
                 recipe.model_copy(update={"evaluation": once}), None, False, ranks, keep=keep, progress=progress
             )
+        share = _score_fewer(run)
         if kept_parts(recipe):
             run.score()  # the first takes longer than all others: what rests is asked then
-        steps, run.steps = run.steps, WARM_UP + TIMED
+        steps, run.steps = run.steps, WARM_UP + timed
         loader = _loader_seconds(run)
         before = _start_of_memory(run.device)
         notes = _Notes(run)
@@ -84,13 +86,14 @@ def estimate(
     if ranks.rank:
         return {}
     judgings = math.ceil(steps / max(1, round(recipe.evaluation.every * steps))) if run.held_out else 0
-    found = {**_facts(run, steps), "memory_gb": memory, **_speed(notes, loader, recipe.schedule.batch_size)}
-    hours = (steps * found["seconds_per_step"] + judgings * notes.judging) / 3600
+    found = {**_facts(run, steps), "memory_gb": memory, **_speed(notes, loader, recipe.schedule.batch_size, timed)}
+    seconds_per_score = notes.judging / share
+    hours = (steps * found["seconds_per_step"] + judgings * seconds_per_score) / 3600
     device_hours = hours * ranks.count
     return {
         **found,
         "held_out_scores": judgings,
-        "seconds_per_score": notes.judging,
+        "seconds_per_score": seconds_per_score,
         "hours": hours,
         "device_hours": device_hours,
         "cost": None if price is None else device_hours * price,
@@ -111,11 +114,20 @@ def _facts(run: Run, steps: int) -> dict[str, Any]:
     }
 
 
-def _speed(notes: _Notes, loader: float, batch_size: int) -> dict[str, Any]:
-    ends, rows = notes.seconds[-TIMED - 1 :], notes.rows[-TIMED:]
+def _score_fewer(run: Run) -> float:
+    """Have it score SCORED images of the held-out pairs; returns which share they are, 1 where all are scored."""
+    if run.held_out is None or run.whole_copy is not None:  # gathering a model takes as long for fewer images
+        return 1.0
+    count = len(run.held_out.images)
+    run.held_out = run.held_out.first(SCORED)
+    return len(run.held_out.images) / count
+
+
+def _speed(notes: _Notes, loader: float, batch_size: int, timed: int) -> dict[str, Any]:
+    ends, rows = notes.seconds[-timed - 1 :], notes.rows[-timed:]
     times = [end - start for start, end in itertools.pairwise(ends)]
-    measured = sum(times) / TIMED
-    waited = sum(row["data_wait"] * seconds for row, seconds in zip(rows, times, strict=True)) / TIMED
+    measured = sum(times) / timed
+    waited = sum(row["data_wait"] * seconds for row, seconds in zip(rows, times, strict=True)) / timed
     # The first batches were made ahead, while the first steps ran: the steps alone do not tell whether the loader
     # keeps up.
     step = max(measured, loader)
@@ -126,7 +138,7 @@ def _speed(notes: _Notes, loader: float, batch_size: int) -> dict[str, Any]:
         "loader_seconds_per_batch": loader,
     }
     if rows[-1].get("mfu"):
-        found["mfu"] = sum(row["mfu"] for row in rows) / TIMED * measured / step
+        found["mfu"] = sum(row["mfu"] for row in rows) / timed * measured / step
     return found
 
 

@@ -115,7 +115,7 @@ MIXTURES = 11  # that interpolation scores after the last step
 USED = 0.9  # of the time that the user gives
 LAST = 10  # seconds of it for what opens the finished model and writes the report
 AFTER = 4  # held-out scores' time that judging the finished model takes, in float32 and anew
-JUDGED = 0.25  # of that time at most for held-out scores
+JUDGED = 0.1  # of that time at most for held-out scores
 
 
 def choose(facts: Facts) -> Plan:

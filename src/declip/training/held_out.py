@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 
 import numpy as np
 import torch
@@ -55,6 +56,18 @@ class HeldOut:
         self.pad, self.precision = tokenizer.special.pad, recipe.engine.precision
         self.image_of_text = torch.tensor(owners)
         self.below: dict[Part, list[Tensor]] = {}  # of parts of towers that rest, which are asked once
+
+    def first(self, count: int) -> HeldOut:
+        """Of its images the first, so many, with their texts."""
+        part = copy(self)
+        texts = self.image_of_text < count
+        part.images, part.tokens, part.image_of_text = (
+            self.images[:count],
+            self.tokens[texts],
+            self.image_of_text[texts],
+        )
+        part.below = {}
+        return part
 
     @torch.inference_mode()
     def score(self, model: DualEncoder, device: torch.device, token_wise: TokenWise | None = None) -> dict[str, float]:
