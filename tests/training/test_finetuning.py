@@ -96,6 +96,17 @@ def test_slow_machines_keep_fewer_views() -> None:
     assert left / LAST_LAYERS >= 4
 
 
+def test_few_steps_are_of_fewer_pairs() -> None:
+    """Of the last layers, in the user's minutes; never of more than otherwise, nor where the user says how many."""
+    apart = replace(APART, layers={"image": 16, "text": 6}, minutes=10.0)
+    batches = [said(choose(replace(apart, passes=passes)))["schedule.batch_size"] for passes in (0.7, 1.0, 2.0, 20.0)]
+    assert batches == [128, 128, 256, 256]
+    plan = choose(replace(apart, passes=0.7))
+    assert "few steps" in next(choice for choice in plan if choice.path == "schedule.batch_size").reason
+    assert said(choose(replace(apart, passes=0.7, pairs=600)))["schedule.batch_size"] == batch_for(600)
+    assert "schedule.batch_size" not in said(choose(replace(apart, passes=0.7, said={"schedule.batch_size": 64})))
+
+
 def test_pictures_are_mixed_where_the_terms_know_what_that_is() -> None:
     assert said(choose(APART))["data.mix"] == 0.3
     assert "data.mix" not in said(choose(JOINT))
@@ -129,7 +140,7 @@ def test_a_batch_comes_in_pieces_where_the_memory_is_small() -> None:
     assert said(choose(small))["engine.micro_batch"] == 179  # 0.7 of 8 GB are for so many
     assert said(choose(replace(small, said={"schedule.batch_size": 64}))).get("engine.micro_batch") is None
     for facts in (
-        replace(small, passes=1.0),  # what rests is kept, and the rest needs little
+        replace(small, minutes=10.0, passes=1.0),  # what rests is kept, and the rest needs little
         replace(small, said={"model.freeze_batch_norm": False}),  # each piece would have statistics of its own
         replace(small, said={"engine.compile": True}),
     ):

@@ -105,6 +105,8 @@ LEAST_PAIRS = 20
 """Pairs below which nothing can be learnt and judged."""
 IMAGENET_CLASSES = 1_000  # classifiers of so many classes are ImageNet's
 BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of the training pairs
+STEPS = 150
+"""Steps of the last layers below which each takes half of BATCH at most, so that more fit into the minutes."""
 AT_PAIRS, POWER = 6_000, 0.5  # a way's epochs are for so many pairs; fewer for more, by this power of their ratio
 MOST_EPOCHS, LEAST_EPOCHS = 24, 1
 WEIGHT_DECAY = 0.1
@@ -297,8 +299,21 @@ def is_short(facts: Facts) -> bool:
 
 def _views_kept(facts: Facts) -> int:
     """Views of an image that go through what rests of its tower: few enough that the epochs left see each twice."""
+    return next((views for views in range(VIEWS, 1, -1) if _epochs_left(facts, views) >= 2 * views), 1)
+
+
+def _epochs_left(facts: Facts, views: int) -> float:
+    """Of the last layers, once so many views of each image, and its captions, have gone through what rests."""
     assert facts.passes is not None
-    return int(min(VIEWS, max(1, (facts.passes - CAPTION * facts.captions) / (VIEW + 2 * LAST_LAYERS))))
+    return (facts.passes - VIEW * views - CAPTION * facts.captions) / LAST_LAYERS
+
+
+def _batch(facts: Facts) -> int:
+    """Pairs of a step; half of BATCH at most where the user's minutes leave few steps of the last layers."""
+    batch = batch_for(facts.pairs)
+    if not is_short(facts) or _epochs_left(facts, _views_kept(facts)) * facts.pairs / batch >= STEPS:
+        return batch
+    return min(batch, BATCH // 2)
 
 
 def _is_whole(facts: Facts) -> bool:
@@ -312,8 +327,10 @@ def _mixes(facts: Facts, way: Way) -> bool:
 
 
 def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
-    batch = batch_for(facts.pairs)
+    batch = _batch(facts)
     why = f"fewer than {BATCH}, so that an epoch has {BATCH_SHARE} steps at least"
+    if batch < batch_for(facts.pairs):
+        why = f"--minutes {facts.minutes:g} leave few steps: more of fewer pairs learn more"
     yield Choice("schedule.batch_size", batch, "as many pairs to tell apart as usual" if batch == BATCH else why)
     yield from _of_memory(facts, way, facts.said.get("schedule.batch_size", batch))
     epochs = _said_epochs(facts) or epochs_for(facts.pairs, way.epochs)
