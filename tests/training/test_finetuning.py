@@ -76,7 +76,7 @@ def test_the_last_layers_alone_learn_where_all_would_take_too_long() -> None:
         found = said(choose(all_learn))
         assert found["model.text.tune"] == "all"
         assert "model.text.tune_layers" not in found
-    # Seven steps of 112 pairs are timed then, and scores take a quarter: of 900 pairs in 127 s, less than six epochs.
+    # Seven steps of 112 pairs are timed then, and scores take a tenth: of 900 pairs in 127 s, less than six epochs.
     few = replace(short, pairs=900, minutes=3.0, spent=25.0)
     assert [is_short(timed(few, seconds)) for seconds in (0.022, 0.014)] == [True, False]
     late = timed(replace(short, spent=300.0), 0.01)
