@@ -105,8 +105,7 @@ LEAST_PAIRS = 20
 """Pairs below which nothing can be learnt and judged."""
 IMAGENET_CLASSES = 1_000  # classifiers of so many classes are ImageNet's
 BATCH, BATCH_SHARE = 256, 8  # largest batch; otherwise one of so many parts of the training pairs
-STEPS = 150
-"""Steps of the last layers below which each takes half of BATCH at most, so that more fit into the minutes."""
+STEPS = 150  # of the last layers, below which each takes half of BATCH at most: so more fit into the minutes
 AT_PAIRS, POWER = 6_000, 0.5  # a way's epochs are for so many pairs; fewer for more, by this power of their ratio
 MOST_EPOCHS, LEAST_EPOCHS = 24, 1
 WEIGHT_DECAY = 0.1
@@ -336,8 +335,7 @@ def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
     epochs = _said_epochs(facts) or epochs_for(facts.pairs, way.epochs)
     why = f"for {facts.pairs:,} pairs"
     scores = _between(SCORES, ceil(epochs)) if facts.held_out else 0
-    timed = facts.minutes is not None and facts.speed is not None
-    if timed and not _said_epochs(facts):
+    if facts.minutes is not None and facts.speed is not None and not _said_epochs(facts):
         within, scores = _within(facts, way, scores)
         if within < epochs:
             why += f" it would be {epochs:g}, but --minutes {facts.minutes:g} allow so many"
