@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,19 @@ def test_a_killed_worker_is_said_and_does_not_hang(tiny: MakeRecipe) -> None:
     with pytest.raises(RunStopped, match=r"^A loader process has died: .*lower data\.workers"):
         for _ in loader:
             pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked there alone")
+def test_workers_share_no_lock_that_a_killed_one_keeps(tiny: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Event's is held whenever a worker looks whether it is to end: killed just then, it would never be free."""
+
+    def looked(_: object) -> bool:
+        raise AssertionError("a lock is taken")
+
+    monkeypatch.setattr(multiprocessing.synchronize.Event, "is_set", looked)
+    loader = make_loader(maker(tiny("clip")), 0, 12, 2)
+    assert len(list(loader)) == 12
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("raised", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "no socket")])

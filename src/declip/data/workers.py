@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from multiprocessing import context
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
@@ -18,5 +19,32 @@ def read_ahead(items: Dataset[Any], order: Iterable[Any], workers: int, **option
     """
     if workers:
         give_back_freed_memory()
-        options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
+        options["multiprocessing_context"] = _forking() if sys.platform == "linux" else None
     return DataLoader(items, batch_size=None, sampler=order, num_workers=workers, **options)
+
+
+def _forking() -> context.BaseContext:
+    """Forks, and tells its processes by a flag when they are to end."""
+
+    class Forking(context.ForkContext):
+        def Event(self) -> Any:  # noqa: N802
+            return _Flag(self)
+
+    return Forking()
+
+
+class _Flag:
+    """What PyTorch's loader asks of an Event, without a lock.
+
+    Each worker looks at it all the time, and an Event's lock is never free again once one is killed while it looks:
+    this process, which looks at it before it says that a worker has died, would wait for ever.
+    """
+
+    def __init__(self, of: context.BaseContext) -> None:
+        self.raised = of.RawValue("b", 0)
+
+    def set(self) -> None:
+        self.raised.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self.raised.value)
