@@ -18,7 +18,6 @@ from declip.progress import Progress
 from declip.recipe import Recipe
 from declip.training.distributed import joined_ranks, one_voice
 from declip.training.interrupts import Interrupts
-from declip.training.locked import kept_parts
 from declip.training.logging import NoLog, most_resident_bytes
 from declip.training.loop import batch_maker, go, make_step, set_up
 from declip.training.run import Run
@@ -72,8 +71,7 @@ def estimate(
                 recipe.model_copy(update={"evaluation": once}), None, False, ranks, keep=keep, progress=progress
             )
         share = _score_fewer(run)
-        if kept_parts(recipe):
-            run.score()  # the first takes longer than all others: what rests is asked then
+        run.score()  # the first takes longer than all others: what rests is asked then, and kernels are chosen
         steps, run.steps = run.steps, WARM_UP + timed
         loader = _loader_seconds(run)
         before = _start_of_memory(run.device)
@@ -176,6 +174,7 @@ def _start_of_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    give_back_freed_memory()  # what scoring took
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # not allowed everywhere; the peak is then that of the whole process
             Path("/proc/self/clear_refs").write_text("5")
