@@ -8,6 +8,10 @@ class InputError(Exception):
     """
 
 
+class RunDiverged(InputError):
+    """A run that has diverged and shall not, or cannot, go on from an earlier step."""
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, for use inside a sentence: one line, no full stop; its kind where it is mute."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import declip
+from declip.cli.compare import add_compare
 from declip.cli.data import add_data
 from declip.cli.evaluate import MODEL, add_evaluate
 from declip.cli.finetune import add_finetune
@@ -146,7 +147,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=f"declip {declip.__version__}")
     parser.set_defaults(run=lambda args: parser.print_help(), json=False, rest=None, code=DONE)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for add in (_add_demo, add_train, add_finetune, add_evaluate, add_data, _add_convert, _add_recipes):
+    for add in (_add_demo, add_train, add_finetune, add_compare, add_evaluate, add_data, _add_convert, _add_recipes):
         add(commands)
     args, extras = parser.parse_known_args(argv)
     # argparse takes the values of `train RECIPE a=1 --out DIR b=2` in one piece only; the later ones come back here.

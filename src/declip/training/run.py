@@ -17,7 +17,7 @@ from declip.data.decoded import Images, check_broken
 from declip.data.huggingface_tokenizer import HuggingFaceTokenizer
 from declip.data.kept import Kept
 from declip.data.sources import BrokenPair
-from declip.errors import Diverged, InputError
+from declip.errors import Diverged, RunDiverged
 from declip.files import save_weights, write_atomically
 from declip.model.depthwise import hasten_depthwise
 from declip.model.dual_encoder import DualEncoder
@@ -281,14 +281,14 @@ class Run:
     )
 
     def roll_back(self, divergence: str, log: RunLog) -> None:
-        """Go back to the last good checkpoint with a lower learning rate; raises InputError where the run shall stop.
+        """Go back to the last good checkpoint with a lower learning rate; raises RunDiverged where the run shall stop.
 
         Where it diverges again from the checkpoint that it went back to, that was not good: the one before is taken.
         """
         engine, tried = self.recipe.engine, self.roll_backs
         if engine.on_divergence == "stop" or tried == engine.roll_backs:
             again = f" after {tried} goings back" if tried else ""
-            raise InputError(
+            raise RunDiverged(
                 f"{divergence}{again}: the last good weights are kept in {self.out / 'checkpoints'}; lower "
                 f"optimizer.lr (now {self.recipe.optimizer.lr:g}) or look at the pairs."
             )

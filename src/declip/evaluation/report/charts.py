@@ -25,11 +25,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One model's line: its name, the number of its colour, and (x, y) points in order of x."""
+    """One model's line: its name, the number of its colour, and (x, y) points in order of x.
+
+    spans: (x, low, high), drawn as upright strokes: how sure the points are
+    """
 
     name: str
     colour: int
     points: Points
+    spans: tuple[tuple[float, float, float], ...] = ()
 
 
 def colour_class(number: int) -> str:
@@ -192,6 +196,7 @@ class _Frame:
 def _y_ticks(drawn: Sequence[tuple[Line, Points]], noisy: bool, from_zero: bool) -> list[float]:
     """The axis spans what is drawn in full, and of the raw values all but the wildest hundredth."""
     shown = [y for _, points in drawn for _, y in points]
+    shown += [end for line, _ in drawn for _, *ends in line.spans for end in ends]
     if noisy:
         for line, _ in drawn:
             values = sorted(y for _, y in line.points)
@@ -237,6 +242,8 @@ def _drawing(frame: _Frame, line: Line, points: Points, noisy: bool, places: Map
     parts = []
     if noisy and len(points) > 60:
         parts.append(f'<path class="raw {colour}" d="{frame.path(envelope(line.points))}"/>')
+    for x, low, high in line.spans:
+        parts.append(f'<path class="span {colour}" d="M{frame.x(x):.1f} {frame.y(low):.1f}V{frame.y(high):.1f}"/>')
     kept = thin(points)
     title = f"<title>{escape(line.name)}</title>"
     parts.append(f'<path class="line {colour}" d="{frame.path(kept)}"{dashes}>{title}</path>')

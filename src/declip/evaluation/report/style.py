@@ -100,6 +100,7 @@ table + h3, .card + h3 { margin-top: 40px }
 .grid { stroke: var(--rule) } .axis { stroke: var(--soft); opacity: .55 }
 .line { stroke: var(--c); stroke-width: 2.25; stroke-linejoin: round; stroke-linecap: round }
 .raw { stroke: var(--c); stroke-width: 1; opacity: .2 }
+.span { stroke: var(--c); stroke-width: 5; opacity: .22; stroke-linecap: round }
 .leader { stroke: var(--c); stroke-width: 1; opacity: .45 }
 .chart circle { fill: var(--c) }
 

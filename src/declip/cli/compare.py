@@ -1,0 +1,276 @@
+"""`declip compare`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from declip.cli.terminal import add_columns, command, console, folder, is_rank, positive, whole
+from declip.errors import InputError
+
+if TYPE_CHECKING:
+    from declip.compare.grid import Asked
+    from declip.compare.prepare import Prepared
+
+_OVERRIDE = re.compile(r"([A-Za-z0-9][\w.-]*:)?[A-Za-z_][\w.]*=")
+_QUICK = {
+    "recipes": ["clip", "declip"],
+    "data": ["demo:noto", "demo:twemoji"],
+    "judged": ["demo:fluent3d"],
+    "fractions": "1,1/4,1/16",
+    "seeds": 1,
+    "rates": "1",
+    "pairs_seen": 16_000,
+}
+"""What --quick fills in: minutes on two cores."""
+
+
+def add_compare(commands: Any) -> None:
+    example = (
+        "declip compare clip declip --data pairs.parquet --eval test.parquet --fractions 1,1/2,1/4 --out runs/worth\n"
+        "  declip compare --quick --out runs/quick"
+    )
+    about = (
+        "what each pair is worth: train recipes on fractions of the pairs, several seeds each, and compare the curves"
+    )
+    parser = command(commands, "compare", _compare, about, example)
+    parser.add_argument(
+        "recipes",
+        metavar="RECIPE",
+        nargs="*",
+        help="shipped recipes' names or TOML files, the base first; path=value changes a field of all, "
+        "NAME:path=value of one",
+    )
+    parser.add_argument(
+        "--data", nargs="+", action="extend", metavar="DATA", help="training pairs, as declip train takes"
+    )
+    parser.add_argument(
+        "--eval", nargs="+", action="extend", metavar="DATA", dest="judged", help="pairs to judge on, never trained on"
+    )
+    parser.add_argument("--out", type=folder, metavar="DIR", help="folder of cells and report; the same one goes on")
+    parser.add_argument("--fractions", metavar="F,…", help="of the training pairs, nested (1,1/2,1/4,1/8,1/16)")
+    parser.add_argument("--seeds", type=whole, metavar="N", help="runs of every cell, each on a subset of its own (3)")
+    parser.add_argument(
+        "--rates",
+        metavar="X,…",
+        help="factors on each recipe's learning rates, searched at the smallest and the largest fraction on held-out "
+        "pairs; one factor: no search (0.5,1,2)",
+    )
+    parser.add_argument(
+        "--lengths", metavar="X,…", default="1", help="of the runs, times --pairs-seen (%(default)s); costlier methods "
+        "also get runs as long as costs what the base costs"
+    )  # fmt: skip
+    parser.add_argument(
+        "--pairs-seen",
+        type=whole,
+        metavar="N",
+        help="by the base's runs, whatever the fraction (its recipe's schedule)",
+    )
+    parser.add_argument("--base", metavar="RECIPE", help="whom the others are measured against (the first)")
+    parser.add_argument("--ablate", action="append", default=[], metavar="RECIPE", help="its terms, each off and alone")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'RECIPE path=value …'",
+        help="another row of the ablation; may be given again",
+    )
+    parser.add_argument(
+        "--metric", default="mean", choices=["mean", "r1", "r5", "r10"], help="recall at 1, 5, 10, or their mean (mean)"
+    )
+    parser.add_argument("--jobs", type=whole, metavar="N", help="runs at a time (one a core, or two a GPU)")
+    parser.add_argument(
+        "--allow-overlap", action="store_true", help="judge on pictures that are trained on all the same"
+    )
+    parser.add_argument("--quick", action="store_true", help="embedded pairs, three fractions, one seed: some minutes")
+    parser.add_argument("--plan", action="store_true", help="only say what would be run; write nothing")
+    add_columns(parser)
+    parser.set_defaults(rest="recipes")
+
+
+def _compare(args: argparse.Namespace) -> dict[str, Any]:
+    asked = _asked(args)
+    from declip.compare.prepare import prepare
+    from declip.compare.run import compare, plan
+    from declip.progress import progress_bar
+
+    with progress_bar() as progress:
+        prepared = prepare(asked, progress)
+    planned = plan(prepared)
+    if not args.json:
+        _print_plan(prepared, planned)
+    if args.plan:
+        return planned
+    with _whole_grid() as told:
+        result = compare(prepared, args.metric, told)
+    if not args.json:
+        _print_results(result)
+    return result
+
+
+def _asked(args: argparse.Namespace) -> Asked:
+    """What the command line says; raises InputError where it contradicts itself."""
+    overrides = [item for item in [*args.recipes, *(args.data or []), *(args.judged or [])] if _is_override(item)]
+    given = {
+        name: [x for x in getattr(args, name) or [] if not _is_override(x)] for name in ("recipes", "data", "judged")
+    }
+    wanted = given | {name: getattr(args, name) for name in ("fractions", "seeds", "rates", "pairs_seen")}
+    if args.quick:
+        wanted = {name: value or _QUICK[name] for name, value in wanted.items()}
+    for name, what in (("recipes", "recipes"), ("data", "--data"), ("judged", "--eval")):
+        if not wanted[name]:
+            raise InputError(f"The following arguments are required: {what}; declip compare --help shows an example.")
+    if args.out is None and not args.plan:
+        raise InputError("The following arguments are required: --out; declip compare --help shows an example.")
+    if is_rank():
+        raise InputError("declip compare starts its runs itself, --jobs at a time: leave torchrun out.")
+    from declip.compare.grid import Asked, parse_fractions
+    from declip.training.plan import override
+
+    columns = {"data.image": args.image, "data.captions": args.captions, "data.key": args.key}
+    common = [override(path, value) for path, value in columns.items() if value]
+    own: dict[str, tuple[str, ...]] = {}
+    for item in overrides:
+        name, colon, change = item.partition(":") if ":" in item.partition("=")[0] else ("", "", item)
+        if colon:
+            own[name] = (*own.get(name, ()), change)
+        else:
+            common.append(change)
+    if args.quick and "declip" in wanted["recipes"] and wanted["data"] == _QUICK["data"]:
+        from declip.demo import NAMES_AS_THEY_ARE
+
+        own["declip"] = (*NAMES_AS_THEY_ARE, *own.get("declip", ()))
+    optional = {
+        "fractions": parse_fractions(wanted["fractions"]) if wanted["fractions"] else None,
+        "seeds": wanted["seeds"],
+        "rates": _factors("--rates", wanted["rates"]) if wanted["rates"] else None,
+    }
+    return Asked(
+        recipes=tuple(wanted["recipes"]),
+        data=tuple(wanted["data"]),
+        judged=tuple(wanted["judged"]),
+        out=Path(args.out or "."),
+        base=args.base,
+        changes=tuple(common),
+        own=own,
+        lengths=_factors("--lengths", args.lengths),
+        pairs_seen=wanted["pairs_seen"],
+        ablate=tuple(args.ablate),
+        variants=tuple(_variant(text) for text in args.variant),
+        jobs=args.jobs,
+        allow_overlap=args.allow_overlap,
+        **{name: value for name, value in optional.items() if value},
+    )
+
+
+def _is_override(item: str) -> bool:
+    return bool(_OVERRIDE.match(item)) and not os.path.exists(item)
+
+
+def _factors(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({positive(part) for part in text.split(",")}))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{option}: {error}.") from None
+
+
+def _variant(text: str) -> tuple[str, tuple[str, ...]]:
+    recipe, *changes = text.split()
+    if not changes:
+        raise InputError(f"--variant {text!r} changes nothing: write 'RECIPE path=value'.")
+    return recipe, tuple(changes)
+
+
+class _whole_grid:  # noqa: N801
+    """One bar on stderr for all cells."""
+
+    def __enter__(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        stderr = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+        self.bar.start()
+        task = self.bar.add_task("cells", total=None)
+
+        def told(done: float, total: float, cells: int, of: int) -> None:
+            self.bar.update(task, completed=done, total=total, description=f"{cells} of {of} cells")
+
+        return told
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _print_plan(prepared: Prepared, planned: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    stderr = Console(stderr=True)
+    fractions = ", ".join(f"{fraction} ({pairs:,} pairs)" for fraction, pairs in planned["pairs"].items())
+    stderr.print(
+        f"{len(prepared.methods)} methods against {prepared.base.name}; {fractions}; {prepared.asked.seeds} seeds."
+    )
+    reused = f", {planned['finished']} of them finished already" if planned["finished"] else ""
+    stderr.print(
+        f"{planned['cells']} cells{reused}; {prepared.jobs} at a time, {planned['pairs_seen']:,} pairs seen by each."
+    )
+    for note in planned["notes"]:
+        stderr.print(note, style="yellow")
+
+
+def _print_results(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from declip.compare.report import TITLES, headline, said_factor, views_of
+
+    out = console()
+    fractions = sorted(result["pairs"], key=result["pairs"].__getitem__)
+    out.print(f"{result['metric'].capitalize()}, in percent; factors with their 95 % intervals.")
+    for judged in result["judged"]:
+        for view in views_of(result, judged):
+            table = Table("pairs", title=f"{judged}: {TITLES[view].lower()}", title_justify="left")
+            for fraction in fractions:
+                table.add_column(f"{result['pairs'][fraction]:,}\n({fraction})", justify="right")
+            table.add_column(f"worth, at what {result['base']}\nreaches with all", justify="right")
+            for line in result["lines"]:
+                if (line["judged"], line["view"]) == (judged, view):
+                    points = {point["fraction"]: f"{point['quality']:.1f}" for point in line["points"]}
+                    factor = "" if line["method"] == result["base"] else said_factor(headline(result, line))
+                    table.add_row(line["method"], *(points.get(fraction, "–") for fraction in fractions), factor)
+            out.print(table)
+    _print_ablation(result)
+    for row in result["diverged"]:
+        print(f"Diverged, and not counted: {row['method']}, {row['fraction']} of the pairs, seed {row['seed']}.")
+    print(f"The report: {result['report']}")
+
+
+def _print_ablation(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    if not result["ablation"]:
+        return
+    table = Table("variant", title="Ablation", title_justify="left")
+    for heading in ("judged on", "fraction", "quality", "difference", "interval", "compute"):
+        table.add_column(heading, justify="right")
+    for row in result["ablation"]:
+        low, high = row["interval"]
+        table.add_row(
+            row["variant"],
+            row["judged"],
+            row["fraction"],
+            f"{row['quality']:.1f}",
+            f"{row['difference']:+.1f}",
+            f"{low:+.1f} to {high:+.1f}",
+            f"×{row['flops']:.2f}",
+        )
+    console().print(table)

@@ -1,0 +1,144 @@
+"""A whole comparison on tiny towers: cells as processes, reused, interrupted, diverged, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import pair, write_pairs
+from html_page import Page
+
+from declip.cli import main
+from declip.compare.cell import run_cell
+from declip.compare.schedule import CELLS
+from declip.recipe import Recipe, load_recipe, to_toml
+
+
+@pytest.fixture
+def line(tmp_path: Path, recipe_file: Callable[..., Path]) -> Callable[..., list[str]]:
+    """A command line for recipes by their method, on 100 pairs."""
+    train = write_pairs(tmp_path / "train.parquet", [pair(n) for n in range(100)])
+    test = write_pairs(tmp_path / "test.parquet", [pair(n) for n in range(1000, 1020)])
+
+    def make(*methods: str, more: tuple[str, ...] = ()) -> list[str]:
+        recipes = [str(recipe_file(method)) for method in methods]
+        places = ["--data", str(train), "--eval", str(test), "--out", str(tmp_path / "out")]
+        return ["compare", *recipes, *places, "--fractions", "1,1/4", "--seeds", "1", "--rates", "1", *more]
+
+    return make
+
+
+def test_a_grid_is_run_reported_and_gone_on_with(
+    line: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*line("clip", "declip"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["pairs"] == {"1": 80, "1/4": 20}
+    assert [method["name"] for method in result["methods"]] == ["tiny_clip", "tiny_declip"]
+    assert result["cells"] == 2 + 4
+    lines = {(one["method"], one["view"]): one for one in result["lines"]}
+    for (_, view), one in lines.items():
+        assert [point["pairs"] for point in one["points"]] == [20, 80]
+        assert all(point["flops"] <= 64 * result["methods"][0]["flops_per_pair"] for point in one["points"]) or (
+            view != "compute"
+        )
+    assert lines["tiny_clip", "best"]["points"][0]["pairs_seen"] == 64
+    assert (tmp_path / "out" / "results.json").is_file()
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    for heading in ("Quality against pairs", "What a pair is worth", "Quality against compute", "What overfits when"):
+        assert heading in page.words
+
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / CELLS).iterdir()}
+    assert len(files) == 6
+    assert all(path.suffix == ".json" for path in files)
+    # Another list of methods: what both have in common is not run again, and what is gone is no longer shown.
+    assert main([*line("clip"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [one["method"] for one in again["lines"]] == ["tiny_clip"] * 3
+    assert again["lines"][0]["points"] == result["lines"][0]["points"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / CELLS).iterdir()} == files
+
+
+def test_an_interrupted_grid_goes_on_and_ends_as_one_that_was_not(line: Callable[..., list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "declip", *line("clip", more=("--jobs", "1", "schedule.epochs=400", "--json"))]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    process = start()
+    deadline = time.monotonic() + 120
+    while not list(out.glob(f"{CELLS}/*/run/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert not list(out.glob(f"{CELLS}/*.json"))
+    assert list(out.glob(f"{CELLS}/*/run/checkpoints/*"))
+    assert not (out / "report.html").exists()
+    first, said = start().communicate(timeout=240)
+    assert first, said
+    os.rename(out, tmp_path / "before")
+    whole, _ = start().communicate(timeout=240)
+    one, other = json.loads(first), json.loads(whole)
+    for each in (one, other):
+        for entry in each["lines"]:
+            for point in entry["points"]:
+                point.pop("seconds")
+    assert one["lines"] == other["lines"]
+
+
+def test_a_diverged_cell_is_a_result(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny("clip", "optimizer.lr=1e30", "optimizer.clip_norm=0", "engine.skip_limit=0")
+    (tmp_path / "recipe.toml").write_text(to_toml(recipe))
+    found = run_cell(tmp_path / "recipe.toml", [str(tmp_path / "pairs.parquet")], tmp_path)
+    assert found["status"] == "diverged"
+    assert "last good weights" in found["reason"]
+    assert "judged" not in found
+
+
+def test_wrong_input_of_a_cell_is_said_once(line: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """The optimizer's numbers are looked at where the run begins."""
+    assert main(line("clip", more=("model.text.heads=3",))) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("declip: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data", "a", "--eval", "b", "--out", "c"], "arguments are required: recipes"),
+        (["clip", "--eval", "b", "--out", "c"], "arguments are required: --data"),
+        (["clip", "--data", "a", "--out", "c"], "arguments are required: --eval"),
+        (["clip", "--data", "a", "--eval", "b"], "arguments are required: --out"),
+        (["clip", "--data", "a", "--eval", "b", "--out", "c", "--fractions", "3"], "'3' is no fraction"),
+        (["clip", "--data", "a", "--eval", "b", "--out", "c", "--rates", "0"], "--rates: '0' is not a positive"),
+        (["clip", "--data", "a", "--eval", "b", "--out", "c", "--variant", "clip"], "changes nothing"),
+        (["clip", "--data", "nowhere.parquet", "--eval", "b", "--out", "c"], "nowhere.parquet"),
+        (["klip", "--data", "a", "--eval", "b", "--out", "c"], "There is no recipe 'klip'"),
+    ],
+)
+def test_bad_command_lines(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_quick_fills_in_what_is_not_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ["compare", "--quick", "--plan", "--json", "--out", str(tmp_path / "out"), "declip:optimizer.ema=0.9"]
+    assert main(command) == 0
+    planned: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert list(planned["pairs"]) == ["1", "1/4", "1/16"]
+    assert planned["cells"] == 3 * 3
+    assert planned["pairs_seen"] == 16_000
+    assert load_recipe("declip").data.text.pool == "random"
+    assert Fraction(planned["pairs"]["1/4"], planned["pairs"]["1"]) == pytest.approx(0.25, abs=0.001)
+    assert not (tmp_path / "out").exists()
