@@ -33,6 +33,7 @@ from declip.objectives.objective import build_objective
 from declip.ranks import Ranks
 from declip.recipe import Recipe, load_recipe
 from declip.training import loop
+from declip.training.average import WeightAverage
 from declip.training.batch_norm import synchronise
 from declip.training.distributed import (
     News,
@@ -55,6 +56,10 @@ SIMCLR = ["terms.simclr.width=32", "terms.simclr.dim=16"]
 TOP_3 = ["terms.token_wise.dim=8", "terms.token_wise.top_k=3"]
 SHARD = ["engine.shard=true", "model.image.layers=3", "model.text.layers=3"]
 SHARDED = ("engine.shard=true", "optimizer.ema=0")
+TAUGHT = [
+    *('terms.teacher_contrast.texts=["joined","single","single_2"]', "optimizer.ema_half_life=0.5"),
+    *('terms.contrastive.texts=["joined","single"]', 'terms.teacher_contrast.teacher_texts=["joined","single"]'),
+]
 ROLL_BACK = ["engine.on_divergence=roll_back", "engine.skip_limit=0"]
 # By name: the recipe of conftest, what is changed in it.
 METHODS = {
@@ -84,6 +89,28 @@ METHODS = {
     "clip, bfloat16": ("clip", ["engine.precision=bfloat16"]),
     "clip, bfloat16, sharded": ("clip", ["engine.precision=bfloat16", "engine.shard=true"]),
     "siglip": ("clip", ["terms.contrastive=none", "terms.sigmoid.images=2", "model.logit_bias_init=-10"]),
+    "siglip, equal captions": (
+        "clip",
+        [
+            *("terms.contrastive=none", "terms.sigmoid.equal_captions=positives", "terms.sigmoid.per=images"),
+            *('terms.sigmoid.texts=["caption","augmented"]', "data.text.equal=pair", "model.logit_bias_init=-3"),
+        ],
+    ),
+    "taught by its average": (
+        "clip",
+        [
+            *(*TAUGHT, "terms.teacher_contrast.own_view=false", "terms.teacher_contrast.local_images=1"),
+            *(*RESNET, "terms.teacher_contrast.weights=[0.4,0.1,0.2,0.3]", "data.local_size=32"),
+        ],
+    ),
+    "flair": (
+        "clip",
+        [
+            *('terms.text_conditioned.texts=["single","single_2"]', "model.logit_bias_init=-3"),
+            *("terms.contrastive=none", 'terms.sigmoid.texts=["single","single_2"]'),
+        ],
+    ),
+    "cosmos": ("clip", [*TAUGHT, "terms.teacher_contrast.cross_attention=true", "data.text.sentences=true"]),
 }
 
 FOUR = ("declip", "declip, sharded", "siglip")  # of these, what four ranks compute is looked at too
@@ -105,6 +132,10 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
         synchronise(model, ranks)
         synchronise(objective, ranks)
     step: nn.Module = Step(model, objective, recipe.engine.precision, ranks)
+    if "teacher_contrast" in objective.terms:
+        step.average = WeightAverage([*model.parameters(), *objective.parameters()], 0.9)
+        for number, tensor in enumerate(step.average.average):
+            tensor.mul_(1 + 0.2 * (number % 3))  # what learns is not what teaches
     if ranks.count > 1 and recipe.engine.shard:
         shard(step, model.clip, torch.device("cpu"), ranks)
     step = share_gradients(step, ranks)
@@ -114,7 +145,8 @@ def steps_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     images = open_images(open_sources(recipe.data.train, recipe.data), 1, 1)
     towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
     kept = lesson(images) if recipe.terms.distillation else None
-    maker = BatchMaker(images, recipe, *towers, rank=ranks.rank, ranks=ranks.count, kept=kept)
+    part = {"rank": ranks.rank, "ranks": ranks.count, "kept": kept, "local_size": model.local_size}
+    maker = BatchMaker(images, recipe, *towers, **part)  # type: ignore[arg-type]
     named = [(name, p) for part in (model, objective) for name, p in part.named_parameters()]
     found: dict[str, Any] = {"losses": [], "gradients": []}
     for number in BATCHES:

@@ -13,7 +13,7 @@ from declip.recipe import Recipe, load_recipe, parse_recipe, shipped
 from declip.training.optimizer import learning_rate
 from declip.training.pairs import total_steps
 
-METHODS = ("clip", "slip", "filip", "declip", "defilip", "siglip")
+METHODS = ("clip", "slip", "filip", "declip", "defilip", "siglip", "cosmos")
 PUBLISHED = ("vit-b32", "vit-b16", "rn50")
 SMALL = ("", "vit-ti", "vit-s")
 # Which supervision each method has (the published table): terms beside the contrastive one.
@@ -24,6 +24,7 @@ TERMS = {
     "declip": {"contrastive", "simsiam", "masked_language", "nearest_neighbour"},
     "defilip": {"contrastive", "simsiam", "masked_language", "nearest_neighbour", "token_wise"},
     "siglip": {"sigmoid"},
+    "cosmos": {"contrastive", "teacher_contrast"},
 }
 
 

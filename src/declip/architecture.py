@@ -13,7 +13,7 @@ IMAGENET = "imagenet"
 """Stands for the names of ImageNet's 1,000 classes."""
 Tune = Literal["all", "last", "lora", "biases", "projection", "nothing"]
 OURS = frozenset(
-    {"init", "classes", "tune", "tune_layers", "lora_rank", "views_kept", "kept"}
+    {"init", "classes", "tune", "tune_layers", "lora_rank", "views_kept", "kept", "drop_path"}
 )  # fields that are no words of open_clip's
 
 
@@ -32,6 +32,13 @@ class _Tower(Section):
         3, gt=0, description="with tune = last: how many layers learn (of a ResNet, or of timm's networks, blocks)"
     )
     lora_rank: int = Field(8, gt=0, description="with tune = lora: rank of what is added to each matrix, scaled by two")
+    drop_path: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="in training, probability that the last block's branches are left out for a row; in a line less "
+        "towards the first (stochastic depth)",
+    )
 
 
 class ImageTower(_Tower):

@@ -73,6 +73,32 @@ class Optimizer(Section):
         description="decay of a moving average of the weights, which is then what is judged and becomes the finished "
         "model; 0 = none",
     )
+    ema_half_life: float = Field(
+        0.0,
+        ge=0,
+        description="such an average by its half-life instead, as a share of all steps: 0.01 to 0.1 suits runs of any "
+        "length; 0 = none",
+    )
+    ema_update: Literal["after", "before"] = Field(
+        "after",
+        description="when the average takes the weights in: after each step, with a lower decay in the first ones; or "
+        "before it, with the same decay from the first one on, as COSMOS's code does",
+    )
+
+    @model_validator(mode="after")
+    def _one_average(self) -> Optimizer:
+        if self.ema and self.ema_half_life:
+            raise ValueError("ema and ema_half_life say the decay of one average: leave one of them out")
+        return self
+
+    @property
+    def averages(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return bool(self.ema or self.ema_half_life)
+
+    def ema_decay(self, steps: int) -> float:
+        """Of a run of so many steps: what is left of the average after a step."""
+        return float(0.5 ** (1 / max(1.0, self.ema_half_life * steps))) if self.ema_half_life else self.ema
 
 
 class Schedule(Section):

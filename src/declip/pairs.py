@@ -51,6 +51,22 @@ class CaptionViews(Section):
     swap: float = Field(1.0, ge=0, description="augmented view: relative frequency of swapping two words")
     deletion: float = Field(1.0, ge=0, description="augmented view: relative frequency of deleting words")
     deletion_share: Probability = Field(0.1, description="share of the words that a deletion drops")
+    equal: Literal["caption", "pair"] = Field(
+        "caption",
+        description="which pairs show equal captions, for terms that ask: those whose captions of the moment are equal, "
+        "or those that have the same captions altogether",
+    )
+    sentences: bool = Field(
+        False,
+        description="joined and single views draw from the sentences of a pair's captions (which end at a full stop or "
+        "a new line) instead of whole captions: for long ones",
+    )
+    joined_most: int = Field(5, gt=0, description="a joined view is 1 to so many of a pair's captions, in random order")
+    repeats: Literal["augmented", "same"] = Field(
+        "augmented",
+        description="single views of a pair with fewer captions than there are such views: with changed words, as in "
+        "the augmented view, or the same once more (COSMOS)",
+    )
 
 
 class Data(Section):
@@ -64,6 +80,13 @@ class Data(Section):
     )
     validation: Sources = Field([], description="pairs that the held-out score is computed on during training")
     holdout: float = Field(0.1, ge=0, lt=1, description="share of the training pairs held out when validation is empty")
+    set_aside: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training pairs that a run never sees, neither to learn nor to choose: pairs of equal "
+        "keys together, before anything is held out; declip compare judges on them",
+    )
     holdout_by: Literal["key", "picture"] = Field(
         "key",
         description="which pairs stay on one side when some are held out: those of equal keys; or also those whose "
@@ -88,6 +111,18 @@ class Data(Section):
         "nothing", description="equal captions (or images) that are kept out of one batch, as they are false negatives"
     )
     images: ImageViews = Field(ImageViews(), description="how image views are made")
+    second_images: ImageViews | None = Field(
+        None, description="how the second image view is made, say more strongly; not set: as the first"
+    )
+    local_images: ImageViews = Field(
+        ImageViews(crop_scale=(0.05, 0.4)),
+        description="how the small crops of terms.teacher_contrast are made",
+    )
+    local_size: int | None = Field(
+        None,
+        gt=0,
+        description="their side in pixels (default: three sevenths of the view's, in whole patches of the tower)",
+    )
     mix: float = Field(
         0.0,
         ge=0,

@@ -22,7 +22,7 @@ from declip.errors import InputError
 from declip.optimization import Optimizer, Schedule
 from declip.pairs import Data
 from declip.safety import Safety
-from declip.terms import Contrastive, Section, Terms, TextView
+from declip.terms import TEXT_VIEWS, Contrastive, Section, Terms
 
 SELF_SUPERVISED = {"simsiam", "simclr"}
 MIXED = {"contrastive", "simsiam", "masked_language"}  # terms that know what a mixed picture is, or need not
@@ -65,6 +65,9 @@ class Evaluation(Section):
     every: float = Field(0.05, gt=0, le=1, description="share of the run between two held-out evaluations")
     patience: int = Field(0, ge=0, description="stop after this many evaluations without a better score; 0 = never")
     max_items: int = Field(2000, gt=1, description="at most this many held-out pairs are judged during training")
+    unaveraged: bool = Field(
+        False, description="with optimizer.ema or ema_half_life, score the weights themselves beside their average"
+    )
     interpolate: bool = Field(
         False,
         description="at the end, mix the towers with what they started from (model.init), as does best on the held-out "
@@ -96,14 +99,17 @@ class Recipe(Section):
         active = self.terms.active()
         if not active:
             raise ValueError("the recipe has no term with a weight above zero: give it terms.contrastive")
-        if "sigmoid" in active and self.model.logit_bias_init is None:
-            raise ValueError("terms.sigmoid needs a bias: set model.logit_bias_init (SigLIP starts at -10)")
+        for name in ("sigmoid", "text_conditioned"):
+            if name in active and self.model.logit_bias_init is None:
+                raise ValueError(f"terms.{name} needs a bias: set model.logit_bias_init (SigLIP starts at -10)")
         if self.engine.compile and (self.engine.micro_batch or self.engine.grad_checkpointing):
             raise ValueError(
                 "engine.compile does not go with engine.micro_batch or engine.grad_checkpointing: leave it"
             )
-        if self.engine.shard and (self.optimizer.ema or self.optimizer.kind == "muon"):
+        if self.engine.shard and (self.optimizer.averages or self.optimizer.kind == "muon"):
             raise ValueError("engine.shard goes with neither optimizer.ema nor optimizer.kind = muon: leave one out")
+        if self.evaluation.unaveraged and not self.optimizer.averages:
+            raise ValueError("evaluation.unaveraged is beside optimizer.ema_half_life, which is 0: set that too")
         started = self.model.init or self.model.image.init or self.model.text.init
         to_start = {
             "evaluation.interpolate": self.evaluation.interpolate,
@@ -118,6 +124,17 @@ class Recipe(Section):
             self.engine.shard or self.evaluation.interpolate
         ):
             raise ValueError("tune = lora goes with neither engine.shard nor evaluation.interpolate: leave one out")
+        teacher = self.terms.teacher_contrast
+        if teacher is not None and "teacher_contrast" in active:
+            if not self.optimizer.averages:
+                raise ValueError(
+                    "terms.teacher_contrast learns from a moving average of the weights: set optimizer.ema_half_life"
+                )
+            if teacher.local_images and self.data.augment_on == "device":
+                raise ValueError("terms.teacher_contrast.local_images are made by data.augment_on = worker: set that")
+        if self.wants_normed_tokens and "token_wise" in active:
+            other = "text_conditioned" if "text_conditioned" in active else "teacher_contrast.cross_attention"
+            raise ValueError(f"terms.{other} and terms.token_wise want other tokens: leave one out")
         if self.data.mix and (odd := sorted(active.keys() - MIXED)):
             raise ValueError(f"data.mix does not go with terms.{odd[0]}: leave one of them out")
         if self.data.mix and self.schedule.batch_size % 2:
@@ -150,15 +167,33 @@ class Recipe(Section):
         """Which text views the terms need, in a fixed order."""
         active = self.terms.active()
         wanted = {view for term in active.values() for view in getattr(term, "texts", [])}
-        wanted |= {view for term in active.values() for view in getattr(term, "enqueue", None) or []}
+        for also in ("enqueue", "teacher_texts"):
+            wanted |= {view for term in active.values() for view in getattr(term, also, None) or []}
         if "masked_language" in active:
             wanted.add("masked")
-        return [view for view in get_args(TextView) if view in wanted]
+        return [view for view in TEXT_VIEWS if view in wanted]
 
     @property
     def pads_captions(self) -> bool:
         """Whether captions are padded to the full context: a term counts the padding, as the reference does."""
-        return not getattr(self.terms.active().get("token_wise"), "mask_padding", True)
+        active, crossed = self.terms.active(), self.crosses
+        padded = [active.get("token_wise"), active.get("teacher_contrast") if crossed else None]
+        return not all(getattr(term, "mask_padding", True) for term in padded)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether embeddings look into tokens of the other side."""
+        return bool(getattr(self.terms.active().get("teacher_contrast"), "cross_attention", False))
+
+    @property
+    def wants_normed_tokens(self) -> bool:
+        """Whether a term looks at the image tower's tokens after its last norm."""
+        return self.crosses or "text_conditioned" in self.terms.active()
+
+    @property
+    def local_views(self) -> int:
+        """How many small crops of each image the terms need."""
+        return int(getattr(self.terms.active().get("teacher_contrast"), "local_images", 0))
 
     @property
     def similarity(self) -> Literal["embedding", "token_wise"]:

@@ -118,7 +118,7 @@ def test_wrong_input_of_a_cell_is_said_once(line: Callable[..., list[str]], caps
     [
         (["--data", "a", "--eval", "b", "--out", "c"], "arguments are required: recipes"),
         (["clip", "--eval", "b", "--out", "c"], "arguments are required: --data"),
-        (["clip", "--data", "a", "--out", "c"], "arguments are required: --eval"),
+        (["clip", "--data", "a", "--aside", "1.5", "--out", "c"], "--aside 1.5 is no share"),
         (["clip", "--data", "a", "--eval", "b"], "arguments are required: --out"),
         (["clip", "--data", "a", "--eval", "b", "--out", "c", "--fractions", "3"], "'3' is no fraction"),
         (["clip", "--data", "a", "--eval", "b", "--out", "c", "--rates", "0"], "--rates: '0' is not a positive"),

@@ -16,7 +16,7 @@ from declip.compare.run import grid_cells, plan
 from declip.compare.search import rate_of, search_rates
 from declip.errors import InputError
 from declip.recipe import load_recipe
-from declip.training.pairs import open_pairs
+from declip.training.pairs import open_pairs, pairs_set_aside
 
 
 @pytest.fixture
@@ -91,6 +91,20 @@ def test_subsets_are_nested_and_held_out_pairs_are_the_same(asked: Callable[...,
     assert {other.key(i) for i in range(len(other))} != keys[2]  # a seed has a subset of its own
 
 
+def test_without_a_judged_set_pairs_are_set_aside(asked: Callable[..., Asked]) -> None:
+    prepared = prepare(asked(judged=(), aside=0.2))
+    assert prepared.judged == {"set aside": 20}
+    assert (prepared.pairs[Fraction(1)], prepared.held_out) == (64, 16)
+    data = prepared.cell(prepared.base, Fraction(1), 0, 1.0, 1.0).recipe.data
+    train, held = open_pairs(data)
+    assert held is not None
+    aside = pairs_set_aside(data)
+    keys = [{source.key(i) for i in range(len(source))} for source in (train, held, aside)]
+    assert len(set.union(*keys)) == sum(map(len, keys)) == 100
+    with pytest.raises(InputError, match="the grid sets data.set_aside itself; use --aside"):
+        prepare(asked(changes=("data.set_aside=0.5",)))
+
+
 def test_a_costlier_method_also_runs_as_long_as_costs_the_same(asked: Callable[..., Asked]) -> None:
     prepared = prepare(asked(seeds=2))
     ratio = prepared.flops["tiny_declip"] / prepared.flops["tiny_clip"]
@@ -158,6 +172,7 @@ def test_judged_pictures_that_are_trained_on_are_named_and_refused(asked: Callab
         ({"ablate": ("slip",)}, "--ablate slip is not among the recipes compared"),
         ({"variants": (("slip", ("data.mix=0.1",)),)}, "--variant slip is not among"),
         ({"changes": ("data.holdout=0",)}, "No pairs are held out"),
+        ({"own": {"tiny_declip": ("data.holdout=0.3",)}}, "tiny_declip and tiny_clip differ in data.holdout"),
         ({"changes": ("optimizer.lrr=1",)}, "there is no field optimizer.lrr"),
     ],
 )

@@ -93,6 +93,35 @@ def test_sigmoid(seed: int, batch: int, dim: int, chunk: int) -> None:
 
 
 @quick
+@given(seeds, st.integers(2, 6), sizes, st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
+def test_sigmoid_with_equal_captions(seed: int, batch: int, dim: int, images: int, texts: int, kinds: int) -> None:
+    """Texts of an image's own id are right; per text, or summed over an image's texts."""
+    image, text = vectors(seed, images, batch, dim), vectors(seed + 1, texts, batch, dim)
+    ids = torch.randint(kinds, (texts, batch), generator=torch.Generator().manual_seed(seed))
+    expected = 0.0
+    for v in range(images):
+        for u in range(texts):
+            for i in range(batch):
+                for j in range(batch):
+                    sign = 1 if ids[u, i] == ids[u, j] else -1
+                    logit = float(SCALE) * dot(image[v, i], text[u, j]) + float(BIAS)
+                    expected += math.log(1 + math.exp(-sign * logit)) / (batch * images)
+    for limit in (2**26, 8 * batch):
+        with mock.patch.dict(CHUNK_BYTES, cpu=limit):
+            for per, share in (("texts", texts), ("images", 1)):
+                found = sigmoid_loss(image, text, SCALE, BIAS, caption_ids=ids, per=per)  # type: ignore[arg-type]
+                assert found.item() == pytest.approx(expected / share, rel=1e-11)
+
+
+def test_sigmoid_of_captions_that_differ_is_plain() -> None:
+    image, text = vectors(3, 2, 5, 4), vectors(4, 2, 5, 4)
+    ids = torch.arange(10).view(2, 5)
+    torch.testing.assert_close(
+        sigmoid_loss(image, text, SCALE, BIAS, caption_ids=ids), sigmoid_loss(image, text, SCALE, BIAS)
+    )
+
+
+@quick
 @given(seeds, st.integers(2, 6), sizes)
 def test_simclr(seed: int, batch: int, dim: int) -> None:
     z1, z2 = 3 * vectors(seed, batch, dim), 2 * vectors(seed + 1, batch, dim)
@@ -242,6 +271,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "contrastive": lambda a, b, mask: multi_view_infonce(a.transpose(0, 1), b.transpose(0, 1), SCALE),
     "multi_view": lambda a, b, mask: multi_view_infonce(a.transpose(0, 1), b.transpose(0, 1), SCALE, 0.5),
     "sigmoid": lambda a, b, mask: sigmoid_loss(a[:, 0], b[:, 0], SCALE, BIAS),
+    "sigmoid, equal captions": lambda a, b, mask: sigmoid_loss(
+        a[:, 0], b[:, 0], SCALE, BIAS, caption_ids=torch.tensor([[1, 2, 1]])
+    ),
     "simclr": lambda a, b, mask: nt_xent(a[:, 0], b[:, 0]),
     "token_wise": lambda a, b, mask: token_wise_infonce(a, b, SCALE),
     "token_wise, padding": lambda a, b, mask: token_wise_infonce(a, b, SCALE, mask),

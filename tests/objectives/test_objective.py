@@ -24,6 +24,29 @@ def test_weighted_sum() -> None:
     assert total.item() == pytest.approx(0.3 * values["contrastive"].item() + 2 * values["other"].item())
 
 
+def test_a_weight_fades_in_a_line_to_the_end() -> None:
+    made = features()
+    terms = {"contrastive": Contrastive(1, ["caption"]), "other": Contrastive(2, ["augmented"])}
+    objective = Objective(terms, {"contrastive": 1.0, "other": 0.4}, {"other": 0.5})
+    weights = []
+    for done in (0.0, 0.5, 0.75, 0.9, 1.0):
+        objective.done = done
+        total, values = objective(made, batch())
+        weights.append((total - values["contrastive"]).item() / values["other"].item())
+    assert weights == [pytest.approx(weight, abs=1e-6) for weight in (0.4, 0.4, 0.2, 0.08, 0.0)]
+
+
+def test_parts_of_a_term_are_told_and_not_added() -> None:
+    class Halves(torch.nn.Module):
+        def forward(self, features: Features, batch: object) -> torch.Tensor:
+            self.parts = {"one": torch.tensor(1.0), "other": torch.tensor(2.0)}
+            return features.logit_scale * 0 + 3
+
+    total, values = Objective({"halves": Halves()}, {"halves": 1.0})(features(), batch())
+    assert {name: float(value) for name, value in values.items()} == {"halves": 3, "halves.one": 1, "halves.other": 2}
+    assert float(total) == 3
+
+
 @pytest.mark.parametrize(
     ("weights", "says"),
     [

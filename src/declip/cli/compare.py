@@ -48,36 +48,19 @@ def add_compare(commands: Any) -> None:
         "--data", nargs="+", action="extend", metavar="DATA", help="training pairs, as declip train takes"
     )
     parser.add_argument(
-        "--eval", nargs="+", action="extend", metavar="DATA", dest="judged", help="pairs to judge on, never trained on"
+        "--eval",
+        nargs="+",
+        action="extend",
+        metavar="DATA",
+        dest="judged",
+        help="pairs to judge on, never trained on; not given: a share of the training pairs, set aside",
+    )
+    parser.add_argument(
+        "--aside", type=float, default=0.1, metavar="SHARE", help="without --eval: share of the pairs (%(default)s)"
     )
     parser.add_argument("--out", type=folder, metavar="DIR", help="folder of cells and report; the same one goes on")
-    parser.add_argument("--fractions", metavar="F,…", help="of the training pairs, nested (1,1/2,1/4,1/8,1/16)")
-    parser.add_argument("--seeds", type=whole, metavar="N", help="runs of every cell, each on a subset of its own (3)")
-    parser.add_argument(
-        "--rates",
-        metavar="X,…",
-        help="factors on each recipe's learning rates, searched at the smallest and the largest fraction on held-out "
-        "pairs; one factor: no search (0.5,1,2)",
-    )
-    parser.add_argument(
-        "--lengths", metavar="X,…", default="1", help="of the runs, times --pairs-seen (%(default)s); costlier methods "
-        "also get runs as long as costs what the base costs"
-    )  # fmt: skip
-    parser.add_argument(
-        "--pairs-seen",
-        type=whole,
-        metavar="N",
-        help="by the base's runs, whatever the fraction (its recipe's schedule)",
-    )
-    parser.add_argument("--base", metavar="RECIPE", help="whom the others are measured against (the first)")
-    parser.add_argument("--ablate", action="append", default=[], metavar="RECIPE", help="its terms, each off and alone")
-    parser.add_argument(
-        "--variant",
-        action="append",
-        default=[],
-        metavar="'RECIPE path=value …'",
-        help="another row of the ablation; may be given again",
-    )
+    _add_grid(parser)
+    _add_ablation(parser)
     parser.add_argument(
         "--metric", default="mean", choices=["mean", "r1", "r5", "r10"], help="recall at 1, 5, 10, or their mean (mean)"
     )
@@ -89,6 +72,43 @@ def add_compare(commands: Any) -> None:
     parser.add_argument("--plan", action="store_true", help="only say what would be run; write nothing")
     add_columns(parser)
     parser.set_defaults(rest="recipes")
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fractions", metavar="F,…", help="of the training pairs, nested (1,1/2,1/4,1/8,1/16)")
+    parser.add_argument("--seeds", type=whole, metavar="N", help="runs of every cell, each on a subset of its own (3)")
+    parser.add_argument(
+        "--rates",
+        metavar="X,…",
+        help="factors on each recipe's learning rates, searched at the smallest and the largest fraction on held-out "
+        "pairs; one factor: no search (0.5,1,2)",
+    )
+    parser.add_argument(
+        "--pairs-seen",
+        type=whole,
+        metavar="N",
+        help="by the base's runs, whatever the fraction (its recipe's schedule)",
+    )
+    parser.add_argument(
+        "--lengths", metavar="X,…", default="1", help="of all methods' runs, times --pairs-seen (%(default)s)"
+    )
+    parser.add_argument(
+        "--no-equal-compute",
+        action="store_true",
+        help="do not also run costlier methods for as long as costs what the base costs",
+    )
+    parser.add_argument("--base", metavar="RECIPE", help="whom the others are measured against (the first)")
+
+
+def _add_ablation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ablate", action="append", default=[], metavar="RECIPE", help="its terms, each off and alone")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="'RECIPE path=value …'",
+        help="another row of the ablation; may be given again",
+    )
 
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -120,9 +140,11 @@ def _asked(args: argparse.Namespace) -> Asked:
     wanted = given | {name: getattr(args, name) for name in ("fractions", "seeds", "rates", "pairs_seen")}
     if args.quick:
         wanted = {name: value or _QUICK[name] for name, value in wanted.items()}
-    for name, what in (("recipes", "recipes"), ("data", "--data"), ("judged", "--eval")):
+    for name, what in (("recipes", "recipes"), ("data", "--data")):
         if not wanted[name]:
             raise InputError(f"The following arguments are required: {what}; declip compare --help shows an example.")
+    if not 0 < args.aside < 1:
+        raise InputError(f"--aside {args.aside:g} is no share of the pairs: give a number between 0 and 1.")
     if args.out is None and not args.plan:
         raise InputError("The following arguments are required: --out; declip compare --help shows an example.")
     if is_rank():
@@ -154,6 +176,7 @@ def _asked(args: argparse.Namespace) -> Asked:
         judged=tuple(wanted["judged"]),
         out=Path(args.out or "."),
         base=args.base,
+        aside=args.aside,
         changes=tuple(common),
         own=own,
         lengths=_factors("--lengths", args.lengths),
@@ -162,6 +185,7 @@ def _asked(args: argparse.Namespace) -> Asked:
         variants=tuple(_variant(text) for text in args.variant),
         jobs=args.jobs,
         allow_overlap=args.allow_overlap,
+        equal_compute=not args.no_equal_compute,
         **{name: value for name, value in optional.items() if value},
     )
 
@@ -260,7 +284,7 @@ def _print_ablation(result: dict[str, Any]) -> None:
     if not result["ablation"]:
         return
     table = Table("variant", title="Ablation", title_justify="left")
-    for heading in ("judged on", "fraction", "quality", "difference", "interval", "compute"):
+    for heading in ("judged on", "fraction", "quality", "difference", "interval", "held out", "compute"):
         table.add_column(heading, justify="right")
     for row in result["ablation"]:
         low, high = row["interval"]
@@ -271,6 +295,7 @@ def _print_ablation(result: dict[str, Any]) -> None:
             f"{row['quality']:.1f}",
             f"{row['difference']:+.1f}",
             f"{low:+.1f} to {high:+.1f}",
+            f"{row['held_out']:.1f}",
             f"×{row['flops']:.2f}",
         )
     console().print(table)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import declip
-from declip.cli.terminal import add_columns, add_root, command, console
+from declip.cli.terminal import add_columns, add_root, command, console, whole
 from declip.errors import InputError
 from declip.progress import progress_bar
 
@@ -59,6 +59,14 @@ def add_evaluate(commands: Any) -> None:
     )
     parser.add_argument(
         "--robustness", action="store_true", help="also judge blurred, noisy, compressed and dark pictures"
+    )
+    parser.add_argument(
+        "--rerank",
+        type=whole,
+        default=0,
+        metavar="K",
+        help="put the first K hits of each query in order with what a text finds in the image, for models trained with "
+        "terms.text_conditioned",
     )
     parser.add_argument(
         "--leaks",
@@ -130,7 +138,7 @@ def _evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from declip.evaluation.suite import Asked, evaluate_models
     from declip.pairs import Data
 
-    asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness)
+    asked = Asked(args.task, args.template, args.shots, args.seed, pictured, args.robustness, args.rerank)
     options = Data(image=args.image, captions=args.captions, label=args.label, key=args.key)
     tests = open_tests(args.data, args.task, options, train=args.train, root=args.root, fetch=args.download)
     models = [args.model, *args.against]

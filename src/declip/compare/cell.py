@@ -13,8 +13,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from declip.evaluation.sets import TestSet
+    from declip.pairs import Data
+
+SET_ASIDE = "set aside"
+"""Names the pairs that ``data.set_aside`` keeps out of training, where no others are to be judged on."""
 
 SPEC, RESULT, RUN = "cell.json", "result.json", "run"
 _ROWS = 200  # of a training curve at most
@@ -37,13 +45,23 @@ def run_cell(recipe_file: Path, judged: list[str], folder: Path) -> dict[str, An
     return {"status": "done", "summary": summary, **_curves(run), "judged": _judge(run, judged, recipe)}
 
 
+def open_judged(judged: Sequence[str], data: Data) -> list[TestSet]:
+    """The sets that a comparison judges on. Raises InputError where one cannot be opened."""
+    from declip.evaluation.opening import open_tests
+    from declip.evaluation.sets import TestSet
+    from declip.training.pairs import pairs_set_aside
+
+    if list(judged) == [SET_ASIDE]:
+        return [TestSet(SET_ASIDE, pairs_set_aside(data))]
+    return open_tests(list(judged), ["retrieval"], data)
+
+
 def _judge(run: Path, judged: list[str], recipe: Any) -> dict[str, Any]:
     """Of each set the rank of every query, 0 is best: all figures are made of these."""
-    from declip.evaluation.opening import open_tests
     from declip.evaluation.suite import Asked, evaluate_models
     from declip.model.pretrained import load
 
-    tests = open_tests(judged, ["retrieval"], recipe.data)
+    tests = open_judged(judged, recipe.data)
     found = evaluate_models([load(run)], tests, Asked(["retrieval"]))
     return {
         one.data: {

@@ -23,6 +23,7 @@ _BY_GRID = {
     "data.train": "--data",
     "data.fraction": "--fractions",
     "data.fraction_seed": "--seeds",
+    "data.set_aside": "--aside",
     "seed": "--seeds",
     "schedule.pairs_seen": "--pairs-seen",
     "schedule.epochs": "--pairs-seen",
@@ -74,9 +75,10 @@ class Cell:
 class Asked:
     """What the command line asks for.
 
+    judged: sets to judge on; none: `aside`, a share of the pairs that no run sees
     recipes: of the methods, by name or file; changes: of all of them; own: of one, by its name; base: who the others
     are measured against; rates: factors on the recipes' learning rates to choose from; lengths: of the runs, times
-    `pairs_seen`; ablate: recipes whose terms are left out one by one; variants: (recipe, changes) to judge beside it;
+    `pairs_seen`; equal_compute: also run other methods for as long as costs what the base costs; ablate: recipes whose terms are left out one by one; variants: (recipe, changes) to judge beside it;
     jobs: runs at a time
     """
 
@@ -94,6 +96,8 @@ class Asked:
     pairs_seen: int | None = None
     ablate: tuple[str, ...] = ()
     variants: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    aside: float = 0.1
+    equal_compute: bool = True
     jobs: int | None = None
     allow_overlap: bool = False
 
@@ -193,6 +197,7 @@ def recipe_of(asked: Asked, method: Method, fraction: Fraction, seed: int, seen:
     overrides = [
         *asked.changes,
         *method.changes,
+        *([] if asked.judged else [f"data.set_aside={asked.aside}"]),
         f"data.train={json.dumps(list(asked.data))}",
         f"data.fraction={float(fraction)}",
         f"data.fraction_seed={seed}",

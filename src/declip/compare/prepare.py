@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
+from declip.compare.cell import SET_ASIDE, open_judged
 from declip.compare.grid import Asked, Cell, Method, batch_for, rated, recipe_of
 from declip.compare.schedule import CELLS
 from declip.curation.overlap import overlap
 from declip.data.sources import Source, joined
 from declip.data.tokenizer import Tokenizer
 from declip.errors import InputError
-from declip.evaluation.opening import open_tests
 from declip.evaluation.sets import TestSet
 from declip.model.start import read_start
 from declip.progress import Progress
@@ -27,6 +27,7 @@ from declip.training.step import pick_device
 _CAPTIONS = 2048  # that are looked at to tell how long a batch's longest is
 _GPU_RUNS = 2  # on each GPU at a time
 _SEARCH_SEED = 0
+_SPLITS = ("validation", "holdout", "holdout_by", "set_aside", "image", "captions", "key", "weights")
 CHEAPER = 0.05  # a method whose pair costs this much more or less than the base's also runs as long as costs the same
 
 
@@ -70,7 +71,7 @@ class Prepared:
         """As asked for; where a pair does not cost what the base's does, also as long as the base's compute lasts."""
         found = list(self.asked.lengths)
         ratio = self.flops[method.name] / self.flops[self.base.name]
-        if abs(ratio - 1) > CHEAPER:
+        if self.asked.equal_compute and abs(ratio - 1) > CHEAPER:
             found += [length / ratio for length in self.asked.lengths]
         return sorted(set(found))
 
@@ -90,6 +91,13 @@ def prepare(asked: Asked, progress: Progress | None = None) -> Prepared:
     recipes = {m.name: recipe_of(asked, m, Fraction(1), 0, 1, None) for m in [*methods, *extras]}
     check_folder(asked.out)
     base = recipes[methods[0].name]
+    for name, recipe in recipes.items():
+        for split in _SPLITS:
+            if getattr(recipe.data, split) != getattr(base.data, split):
+                raise InputError(
+                    f"{name} and {methods[0].name} differ in data.{split}: all have to hold out the same pairs; say "
+                    f"data.{split}=… for all."
+                )
     train, held = open_pairs(base.data)
     if held is None:
         raise InputError(
@@ -98,7 +106,7 @@ def prepare(asked: Asked, progress: Progress | None = None) -> Prepared:
         )
     notes: list[str] = []
     pairs, batches = _fractions(asked, recipes, train, notes)
-    tests = open_tests(asked.judged, ["retrieval"], base.data)
+    tests = open_judged(asked.judged or [SET_ASIDE], base.data)
     _check_overlap(asked, tests, joined([train, held]), notes, progress)
     schedule = load_recipe(methods[0].recipe, [*asked.changes, *methods[0].changes]).schedule
     own_length = schedule.pairs_seen or round(schedule.epochs * len(train))

@@ -253,11 +253,12 @@ def _ablation(result: dict[str, Any]) -> Section:
             f"{row['quality']:.1f}",
             f"<strong>{row['difference']:+.1f}</strong>",
             f"{row['interval'][0]:+.1f} to {row['interval'][1]:+.1f}",
+            f"{row['held_out']:.1f}",
             f"×{row['flops']:.2f}",
         ]
         for row in result["ablation"]
     ]
-    head = ("Variant", "Judged on", "Pairs", "Quality", "Difference", "95 % interval", "Compute")
+    head = ("Variant", "Judged on", "Pairs", "Quality", "Difference", "95 % interval", "Held-out score", "Compute")
     note = (
         "Each beside the whole method, on the same subsets, seeds and judged pictures, at the method’s learning rate."
     )

@@ -19,7 +19,7 @@ RESULTS, REPORT = "results.json", "report.html"
 
 
 def grid_cells(prepared: Prepared, rates: Rates) -> list[Cell]:
-    """Every cell after the search; fewest pairs last, seed by seed, so that a stopped grid has whole seeds."""
+    """Every cell after the search."""
     found = []
     for seed in range(prepared.asked.seeds):
         for fraction in prepared.pairs:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def run_cells(
 ) -> dict[str, dict[str, Any]]:
     """Run what is not finished, `jobs` at a time; what each has found, by its key.
 
-    flops: of a pair, by method: the longest are begun first, so that none is left alone at the end
+    flops: of a pair, by method: of a seed's cells the longest are begun first, so that none is left alone at the end
     environments: of the processes in each slot, taken in turn
     Raises InputError where a cell's input is wrong, RunStopped where a cell has ended otherwise, KeyboardInterrupt and
     Preempted when asked to stop; the others save their state first.
@@ -63,7 +64,7 @@ def run_cells(
     wanted = {cell.key: cell for cell in cells}
     found = {key: result for key, cell in wanted.items() if (result := finished(out, cell)) is not None}
     work = {key: flops[cell.method] * cell.seen for key, cell in wanted.items()}
-    waiting = sorted((key for key in wanted if key not in found), key=work.__getitem__)
+    waiting = sorted((key for key in wanted if key not in found), key=lambda key: (-wanted[key].seed, work[key]))
     running: list[_Running] = []
     before = sum(work[key] for key in found)
     with _terminated_as_preempted():
@@ -153,7 +154,10 @@ def _stop(running: Sequence[_Running]) -> None:
 
 @contextlib.contextmanager
 def _terminated_as_preempted() -> Iterator[None]:
-    """Within, SIGTERM raises Preempted."""
+    """Within, SIGTERM raises Preempted; outside the main thread, where Python allows no handlers, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def terminate(*_: object) -> None:
         raise Preempted("stopped by SIGTERM; what is finished is kept: the same command goes on.")

@@ -40,17 +40,26 @@ class Images:
         return image
 
     def views(
-        self, index: int, size: int, options: Sequence[ImageViews], rng: np.random.Generator, crops_only: bool = False
+        self,
+        index: int,
+        size: int | Sequence[int],
+        options: Sequence[ImageViews],
+        rng: np.random.Generator,
+        crops_only: bool = False,
     ) -> list[tuple[Pixels, View]]:
         """Random views of an image, each uint8 [size, size, 3] and how it was drawn; raises BrokenPair.
 
-        crops_only: make no more of a view than its crop.
+        size: of all views, or of each; crops_only: make no more of a view than its crop.
         """
         if self.kept is None:
             return _of_pair(self.source, index, lambda data: make_views(data, size, options, rng, crops_only))
         image = self.get(index)
         drawn = [draw_view(image.shape[0], image.shape[1], view, rng) for view in options]
-        return [(make_view(image, size, View(view.box) if crops_only else view), view) for view in drawn]
+        sizes = [size] * len(drawn) if isinstance(size, int) else list(size)
+        return [
+            (make_view(image, own, View(view.box) if crops_only else view), view)
+            for view, own in zip(drawn, sizes, strict=True)
+        ]
 
 
 def open_images(source: Source, limit_gb: float, broken_limit: float) -> Images:

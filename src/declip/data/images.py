@@ -77,23 +77,28 @@ def random_view(image: Pixels, size: int, views: ImageViews, rng: np.random.Gene
 
 
 def make_views(
-    data: bytes, size: int, options: Sequence[ImageViews], rng: np.random.Generator, crops_only: bool = False
+    data: bytes,
+    size: int | Sequence[int],
+    options: Sequence[ImageViews],
+    rng: np.random.Generator,
+    crops_only: bool = False,
 ) -> list[tuple[Pixels, View]]:
     """Random views of an image file's bytes, as `random_view` makes them of the decoded image, and how each was drawn.
 
-    crops_only: make no more of a view than its crop.
+    size: of all views, or of each; crops_only: make no more of a view than its crop.
 
     A large JPEG is decoded at the smallest scale at which no crop has to be enlarged that has not been anyway; the
     edges of the crops are then rounded to this scale's pixels. Raises ValueError as `ImageFile` does.
     """
     file = ImageFile(data)
     views = [draw_view(file.height, file.width, view, rng) for view in options]
-    shortest = min((side for view in views for side in view.box[2:]), default=0)
-    reduction = next(reduction for reduction in (8, 4, 2, 1) if shortest // reduction >= size or reduction == 1)
+    sizes = [size] * len(views) if isinstance(size, int) else list(size)
+    enough = min((side / own for view, own in zip(views, sizes, strict=True) for side in view.box[2:]), default=0)
+    reduction = next(reduction for reduction in (8, 4, 2, 1) if enough >= reduction or reduction == 1)
     image = file.decode(reduction)
     reduction = round(file.height / len(image))  # it may have come larger
     wanted = [View(view.box) for view in views] if crops_only else views
-    made = [make_view(image, size, _reduced(view, reduction)) for view in wanted]
+    made = [make_view(image, own, _reduced(view, reduction)) for view, own in zip(wanted, sizes, strict=True)]
     return list(zip(made, views, strict=True))
 
 

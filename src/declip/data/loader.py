@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from declip.data.decoded import Images
 from declip.data.device_views import DRAWS, pack
 from declip.data.kept import Kept, States
 from declip.data.order import BatchOrder, Mixture, Order
+from declip.data.pool import joined, sentences, singles
 from declip.data.sources import BrokenPair, Concatenation
 from declip.data.tokenizer import CaptionTokenizer, Tokenizer
 from declip.data.words import augment, load_synonyms
 from declip.data.workers import read_ahead
 from declip.errors import InputError, RunStopped, first_line
 from declip.recipe import Recipe
+from declip.terms import JoinedView, SingleView
 
 
 class BatchMaker(Dataset[Batch | InputError]):
@@ -34,6 +36,7 @@ class BatchMaker(Dataset[Batch | InputError]):
     full_captions: pad every caption to the context length, not only to the batch's longest.
     rank, ranks: which equal part of each global batch is made. The parts together are the same for any number.
     kept: what resting parts of towers have made of all pairs, in place of their pixels and tokens.
+    local_size: side of small crops, where the recipe wants some.
     Where no pair can be read it gives the InputError back: raised in a worker, it would come out as a traceback.
     """
 
@@ -48,6 +51,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         rank: int = 0,
         ranks: int = 1,
         kept: Kept | None = None,
+        local_size: int = 0,
     ) -> None:
         self.images, self.recipe, self.size, self.context_length = images, recipe, image_size, context_length
         self.kept = kept or Kept()
@@ -55,16 +59,22 @@ class BatchMaker(Dataset[Batch | InputError]):
         self.tokenizer = tokenizer or Tokenizer()
         self.text_views = recipe.text_views  # worked out once, not for each pair
         strong = recipe.data.strong_images or recipe.data.images
-        self.image_views = [recipe.data.images] * recipe.pair_views
+        second = recipe.data.second_images or recipe.data.images
+        self.image_views = [recipe.data.images, second][: recipe.pair_views]
         self.image_views += [strong] * (recipe.image_views - recipe.pair_views)
+        self.local_views, self.local_size = [recipe.data.local_images] * recipe.local_views, local_size
+        self.sizes = [image_size] * len(self.image_views) + [local_size] * len(self.local_views)
         self.crops_only = recipe.data.augment_on == "device" and self.kept.images is None
-        self.synonyms = load_synonyms() if "augmented" in self.text_views else {}
+        self.single = [number for number, view in enumerate(self.text_views) if view in get_args(SingleView)]
+        self.joined = [number for number, view in enumerate(self.text_views) if view in get_args(JoinedView)]
+        repeats = bool(self.single) and recipe.data.text.repeats == "augmented"
+        self.synonyms = load_synonyms() if "augmented" in self.text_views or repeats else {}
         self.ends = images.caption_ends if recipe.data.text.pool == "each" else None
         self.items = len(images.source) if self.ends is None else int(self.ends[-1])
         self.order = self._order()
-        batch_size, contrastive = recipe.schedule.batch_size, recipe.terms.contrastive
+        batch_size, active = recipe.schedule.batch_size, recipe.terms.active().values()
         self.rows = range(rank * batch_size // ranks, (rank + 1) * batch_size // ranks)
-        self.wants_caption_ids = bool(contrastive and contrastive.equal_captions == "positives")
+        self.wants_caption_ids = any(getattr(term, "equal_captions", None) == "positives" for term in active)
 
     def __getitem__(self, number: int) -> Batch | InputError:
         try:
@@ -105,6 +115,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         images = np.empty((*of_all, *((self.size, self.size) if self.kept.images is None else (0, 0)), 3), np.uint8)
         kept = None if self.kept.images is None else np.empty((*of_all, *self.kept.images.shape[2:]), np.float16)
         draws = np.empty((*images.shape[:2], DRAWS), np.float32) if self.crops_only else None
+        local = np.empty((len(self.local_views), len(self.rows), self.local_size, self.local_size, 3), np.uint8)
         items = self.order.batch(number)
         # With pool=each an item is a caption, and the pair is the one that it belongs to.
         indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
@@ -115,20 +126,26 @@ class BatchMaker(Dataset[Batch | InputError]):
             index, pool, views = self._readable(int(indices[place]), first + place, taken, broken)
             pairs.append(index)
             captions.append(self._draw(pool, index, int(items[place]), int(epochs[place]), rng))
+            self._sample(captions[-1], pool, rng)
             if self.kept.texts is not None or self.kept.teacher_texts is not None:
                 before = int(self.images.caption_ends[index - 1]) if index else 0
                 shown.append(before + pool.index(captions[-1][self.text_views.index("caption")]))
             if kept is not None:
                 kept[:, row] = views
                 continue
-            for which, (pixels, view) in enumerate(views):
+            for which, (pixels, _) in enumerate(views[len(images) :]):
+                local[which, row] = pixels
+            for which, (pixels, view) in enumerate(views[: len(images)]):
                 images[which, row] = pixels
                 if draws is not None:
                     draws[which, row] = pack(view)
         nothing: tuple[np.ndarray, None] = np.empty((1, len(self.rows), 0), np.int64), None
         tokens, labels = nothing if self.kept.replaces_tokens else self._texts(captions, rngs)
         ids = None
-        if self.wants_caption_ids:
+        if self.wants_caption_ids and recipe.data.text.equal == "pair":
+            own = (sorted(set(self.images.source.captions(index))) for index in pairs)
+            ids = torch.tensor([[text_hash("\0".join(texts)) for texts in own]]).expand(len(self.text_views), -1)
+        elif self.wants_caption_ids:
             ids = torch.tensor([[text_hash(text) for text in texts] for texts in zip(*captions, strict=True)])
         return Batch(
             images=torch.from_numpy(images),
@@ -146,6 +163,7 @@ class BatchMaker(Dataset[Batch | InputError]):
             own_share=self._own_share(number),
             teacher_images=_rows(self.kept.teacher_images, pairs),
             teacher_texts=_rows(self.kept.teacher_texts, shown),
+            local_images=torch.from_numpy(local) if self.local_views else None,
         )
 
     def _own_share(self, number: int) -> float | None:
@@ -170,7 +188,8 @@ class BatchMaker(Dataset[Batch | InputError]):
                 rng = np.random.default_rng([self.recipe.seed, place, 0])
                 if self.kept.images is not None:
                     return candidate, captions, self.kept.views(source, candidate, len(self.image_views), rng)
-                views = self.images.views(candidate, self.size, self.image_views, rng, self.crops_only)
+                wanted = self.image_views + self.local_views
+                views = self.images.views(candidate, self.sizes, wanted, rng, self.crops_only)
                 return candidate, captions, views
             except BrokenPair as error:
                 broken.append((candidate, error.where, error.reason))
@@ -226,6 +245,18 @@ class BatchMaker(Dataset[Batch | InputError]):
         # Without replacement as long as the pool lasts: two views of one text say less than two captions.
         order = rng.permutation(len(pool))
         return [pool[order[view % len(pool)]] for view in range(count)]
+
+    def _sample(self, texts: list[str], captions: tuple[str, ...], rng: np.random.Generator) -> None:
+        """Put into a pair's texts, one a view, what the views that sample its captions show."""
+        options = self.recipe.data.text
+        pool = sentences(captions) if options.sentences and (self.joined or self.single) else captions
+        for view in self.joined:
+            texts[view] = joined(pool, options.joined_most, rng)
+        if self.single:
+            drawn, new = singles(pool, len(self.single), rng)
+            for place, (view, text) in enumerate(zip(self.single, drawn, strict=True)):
+                again = place >= new and options.repeats == "augmented"
+                texts[view] = augment(text, self.synonyms, options, rng) if again else text
 
 
 def _rows(embeddings: States | None, rows: list[int]) -> torch.Tensor | None:

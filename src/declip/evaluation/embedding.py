@@ -6,7 +6,7 @@ Images are decoded and brought to the model's size by loader processes while the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -119,6 +119,19 @@ def embed_source(
     found.images, found.rows = torch.cat(parts), torch.tensor(rows)
     check_finite(found.images, f"{model.name} gives, for {name},")
     return found
+
+
+def patches_of(
+    model: Any, source: Source, name: str, rows: Container[int], progress: Progress | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Of the images in these rows of a source the row and the patches [patches, width], a few images at a time."""
+    count = len(source)
+    noted = Embedded(torch.empty(0), torch.empty(0), [()] * count, [None] * count)
+    for images, indices, done in _groups(_items(_Reader(source, model.prepare), count, None), noted):
+        if images:
+            yield from ((row, own) for row, own in zip(indices, model.patches(images), strict=True) if row in rows)
+        if progress:
+            progress(f"patches of {name}", done, count)
 
 
 def _items(reader: _Reader, count: int, workers: int | None) -> Iterator[_Item]:

@@ -21,6 +21,7 @@ from declip.evaluation.tasks import (
     embed_captions,
     labelled,
     possible_tasks,
+    rerank_retrieval,
     retrieval,
     zero_shot,
     zero_shot_classes,
@@ -39,6 +40,7 @@ class Asked:
 
     tasks: None for all that a set allows; templates: None for the set's own; shots: examples a class of few-shot probes
     details: also gather what a report shows; robustness: also judge corrupted pictures
+    rerank: so many first hits of each query are put in order by models that look into images for what a text says
     """
 
     tasks: Sequence[str] | None = None
@@ -47,6 +49,7 @@ class Asked:
     seed: int = 0
     details: bool = False
     robustness: bool = False
+    rerank: int = 0
 
     def __post_init__(self) -> None:
         resolve_templates(self.templates)  # before anything is opened
@@ -143,6 +146,8 @@ class _Judging:
     def retrieval(self) -> None:
         texts = embed_captions(self.model, self.test, self.embedded, self.progress)
         retrieval(self.test, self.embedded, texts, self.judged)
+        if self.asked.rerank:
+            rerank_retrieval(self.model, self.test, self.embedded, texts, self.judged, self.asked.rerank, self.progress)
         if self.asked.details:
             show_retrieval(self.details, self.test, self.embedded, texts, self.judged.ranks)
             images, captions = self.embedded.images[texts.captioned], texts.embeddings[texts.rows]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from declip.errors import InputError
 from declip.evaluation.class_cache import cached_class_embeddings
-from declip.evaluation.embedding import Embedded, Encoder, check_finite, embed_texts
+from declip.evaluation.embedding import Embedded, Encoder, check_finite, embed_texts, patches_of
 from declip.evaluation.judged import MISSED, Judged
+from declip.evaluation.rerank import rerank
 from declip.evaluation.retrieval import metrics_of_ranks, retrieval_ranks
 from declip.evaluation.sets import TestSet, check_classes, class_numbers
 from declip.evaluation.zero_shot import metrics_of_ranks as accuracies
@@ -97,6 +98,36 @@ def retrieval(test: TestSet, embedded: Embedded, texts: Texts, judged: Judged) -
         missed = torch.full((queries - sum(map(len, found[way])),), MISSED)
         judged.ranks[way] = torch.cat([*found[way], missed])
     judged.metrics = metrics_of_ranks(judged.ranks)
+
+
+def rerank_retrieval(
+    model: Encoder,
+    test: TestSet,
+    embedded: Embedded,
+    texts: Texts,
+    judged: Judged,
+    top: int,
+    progress: Progress | None = None,
+) -> None:
+    """The ranks of `retrieval` anew, with the first `top` hits of every query put in order.
+
+    Raises InputError where the model has nothing to do that with, or the set is judged in parts.
+    """
+    pooler = getattr(model, "text_pooler", None)
+    if pooler is None:
+        raise InputError(f"{model.name} was not trained with terms.text_conditioned: there is nothing to rerank with.")
+    if test.folds > 1:
+        raise InputError(f"{test.name} is judged in {test.folds} parts, and reranking looks at the whole: leave it out.")
+    captioned = embedded.rows[texts.captioned]
+    places = {row: place for place, row in enumerate(captioned.tolist())}
+    own = ((places[row], patches) for row, patches in patches_of(model, test.source, test.name, places, progress))
+    # What cannot be read stands at the end of the ranks, and is missed whatever the order.
+    read = {"text_to_image": len(texts.image), "image_to_text": len(captioned)}
+    ranks = {way: judged.ranks[way][:count] for way, count in read.items()}
+    images, sentences = embedded.images[texts.captioned], texts.embeddings[texts.rows]
+    found = rerank(ranks, images, sentences, texts.image, own, pooler.cpu(), top)
+    judged.ranks = {way: torch.cat([found[way], judged.ranks[way][count:]]) for way, count in read.items()}
+    judged.metrics, judged.settings = metrics_of_ranks(judged.ranks), {**judged.settings, "reranked": top}
 
 
 def _folds(images: int, folds: int, whose: str) -> list[tuple[int, int]]:

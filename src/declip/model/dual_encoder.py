@@ -45,6 +45,8 @@ from declip.recipe import Recipe
 
 Encoded = TypeVar("Encoded", EncodedImages, EncodedTexts)
 
+_STRIDE = 32  # of networks without patches, most of which end in a grid of such places
+
 # Mean and standard deviation of pixels by name; the first are open_clip's own.
 NORMALIZATIONS = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -71,6 +73,9 @@ class Features:
     text_tokens: by text view [batch, tokens, width], for the views that some term asks for
     text_mask: by text view bool [batch, tokens], false where a caption is padded, for the same views
     pooled_text: by text view [batch, width], before the projection to the joint space; empty when no term asks
+    local_image: [small crops, batch, dim], not normalised; None when no term asks
+    teacher_image, teacher_text: [views, batch, dim] each, normalised, what the moving average of the weights makes of
+        the first image views and of some text views, without gradients; None when no term asks
     ranks: the processes that share the global batch; everything above is this one's part of it
     """
 
@@ -83,6 +88,9 @@ class Features:
     text_tokens: dict[str, Tensor] = field(default_factory=dict)
     text_mask: dict[str, Tensor] = field(default_factory=dict)
     pooled_text: dict[str, Tensor] = field(default_factory=dict)
+    local_image: Tensor | None = None
+    teacher_image: Tensor | None = None
+    teacher_text: Tensor | None = None
     ranks: Ranks = ALONE
 
     @cached_property
@@ -107,6 +115,13 @@ class Features:
     @cached_property
     def _global_text(self) -> dict[str, Tensor]:
         return {}
+
+
+def _local_size(recipe: Recipe, clip: Any, view_size: int) -> int:
+    """Side of small crops: three sevenths of the view's, as 96 of 224, in whole patches."""
+    patch = getattr(clip.visual, "patch_size", _STRIDE)
+    step = patch[0] if isinstance(patch, tuple) else patch
+    return recipe.data.local_size or max(1, round(3 / 7 * view_size / step)) * step
 
 
 class DualEncoder(nn.Module):
@@ -165,21 +180,29 @@ class DualEncoder(nn.Module):
         distilled = recipe.terms.distillation
         self.wants_pooled_text = "distillation" in terms and distilled is not None and distilled.teacher == "start"
         self.wants_pooled = "simclr" in terms or self.wants_pooled_text
-        self.wants_image_tokens = "token_wise" in terms
-        if recipe.terms.token_wise and self.wants_image_tokens:
+        self.wants_normed_tokens = recipe.wants_normed_tokens
+        self.wants_image_tokens = "token_wise" in terms or self.wants_normed_tokens
+        if recipe.terms.token_wise and "token_wise" in terms:
             self.token_views |= set(recipe.terms.token_wise.texts)
+        if recipe.terms.teacher_contrast and recipe.crosses:
+            self.token_views.add(recipe.terms.teacher_contrast.seen_by_average[0])
+        self.local_size = _local_size(recipe, self.clip, self.view_size) if recipe.local_views else 0
         try:
             size = f"model.image.image_size = {self.image_size}"
             self.dim, pooled, tokens = image_widths(self.clip, self.image_size)
             size = f"data.view_size = {self.view_size}"
             if self.view_size != self.image_size:
                 image_widths(self.clip, self.view_size)
+            size = f"data.local_size = {self.local_size}"
+            if self.local_size:
+                image_widths(self.clip, self.local_size, any_size=True)
         except TAKES_NO_SUCH_SIZE as error:
             raise InputError(f"model.image: the tower takes no images of {size}: {first_line(error)}.") from None
         if "simclr" in terms and pooled is None:
             raise InputError("terms.simclr: this image tower gives no feature before its projection.")
         if self.wants_image_tokens and tokens is None:
-            raise InputError("terms.token_wise: this image tower gives no tokens, one for each place of the image.")
+            term = next(name for name in ("token_wise", "text_conditioned", "teacher_contrast") if name in terms)
+            raise InputError(f"terms.{term}: this image tower gives no tokens, one for each place of the image.")
         self.pooled_width, self.image_token_width = pooled or 0, tokens or 0
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -234,7 +257,13 @@ class DualEncoder(nn.Module):
             if self.wants_pooled_text
             else {},
             text_mask={view: caption_mask(ids, self.tokenizer.special.pad) for view, _, ids in wanted},
+            local_image=None if batch.local_images is None else self._encode_local(batch.local_images),
         )
+
+    def _encode_local(self, images: Tensor) -> Tensor:
+        """uint8 [small crops, batch, height, width, 3] -> [small crops, batch, dim], in float32."""
+        embeddings = self._encode_images(images.flatten(0, 1), any_size=True).embedding
+        return torch.unflatten(embeddings, 0, images.shape[:2]).float()
 
     def token_ids(self, texts: Sequence[str]) -> Tensor:
         """int64 [texts, tokens] as the text tower takes them, to the longest, or whole where it wants them so."""
@@ -292,11 +321,12 @@ class DualEncoder(nn.Module):
         together = self._encode_images(images.flatten(0, 1))
         return EncodedImages(*(None if x is None else torch.unflatten(x, 0, images.shape[:2]) for x in together))  # type: ignore[arg-type]
 
-    def _encode_images(self, images: Tensor) -> EncodedImages:
+    def _encode_images(self, images: Tensor, any_size: bool = False) -> EncodedImages:
         """uint8 [batch, height, width, 3], or float, normalised"""
 
         def encode(some: Tensor) -> EncodedImages:
-            embedding, pooled, tokens = encode_image(self.clip, self.pixels(some))
+            pixels = self.pixels(some)
+            embedding, pooled, tokens = encode_image(self.clip, pixels, self.wants_normed_tokens, any_size)
             return EncodedImages(
                 embedding, pooled if self.wants_pooled else None, tokens if self.wants_image_tokens else None
             )

@@ -18,7 +18,8 @@ from declip.errors import InputError, first_line
 from declip.model.class_embeddings import class_embeddings
 from declip.model.embed import TokenWise, embed_images, embed_texts
 from declip.model.export import FinishedModel, is_open_clip_folder, load_strictly, read_open_clip_folder
-from declip.model.heads import TokenMappings
+from declip.model.heads import TextPooler, TokenMappings
+from declip.model.image_tower import encode_image
 from declip.model.huggingface import is_huggingface_folder, read_huggingface
 from declip.model.preparation import Preparation
 from declip.model.products import by_onednn
@@ -107,7 +108,15 @@ def _open(name: str, finished: FinishedModel, device: str) -> LoadedModel:
     if options["similarity"] == "token_wise":
         mappings = _token_mappings(finished.head("token_wise.mappings")).to(device).eval()
         token_wise = TokenWise(mappings, options["mask_padding"], finished.heads.get("token_wise.logit_scale"))
-    return LoadedModel(name, clip.to(device).eval(), preprocess, tokenizer, token_wise)
+    pooler = _text_pooler(finished.head("text_conditioned.pooler"))
+    return LoadedModel(
+        name,
+        clip.to(device).eval(),
+        preprocess,
+        tokenizer,
+        token_wise,
+        None if pooler is None else pooler.to(device).eval(),
+    )
 
 
 def build(name: str, finished: FinishedModel) -> Towers:
@@ -137,6 +146,15 @@ def _token_mappings(state: dict[str, Tensor]) -> TokenMappings:
     return mappings
 
 
+def _text_pooler(state: dict[str, Tensor]) -> TextPooler | None:
+    if not state:
+        return None
+    dim, width = state["mapping.weight"].shape
+    pooler = TextPooler(width, dim)
+    pooler.load_state_dict(state)
+    return pooler
+
+
 def open_tokenizer(finished: FinishedModel) -> Any:
     """open_clip's tokenizer of a model with a text tower: texts to int64 [texts, context length]."""
     import open_clip
@@ -155,14 +173,21 @@ class LoadedModel:
     """An open_clip model with its preprocessing and tokenizer, ready to embed and to classify.
 
     Most models compare embeddings. One that compares tokens (FILIP) has `token_wise`, and what it embeds has a
-    dimension more; `similarity` knows both.
+    dimension more; `similarity` knows both. One that was trained with terms.text_conditioned has `text_pooler`, with
+    which `evaluation.rerank` puts the first hits of a search in order.
     """
 
     def __init__(
-        self, name: str, clip: nn.Module, preprocess: Any, tokenizer: Any, token_wise: TokenWise | None = None
+        self,
+        name: str,
+        clip: nn.Module,
+        preprocess: Any,
+        tokenizer: Any,
+        token_wise: TokenWise | None = None,
+        text_pooler: TextPooler | None = None,
     ) -> None:
         self.name, self.clip, self.preprocess, self.tokenizer = name, clip, preprocess, tokenizer
-        self.token_wise = token_wise
+        self.token_wise, self.text_pooler = token_wise, text_pooler
         self.image_dtype = torch.float32
 
     def embed_images_in_bfloat16(self) -> LoadedModel:
@@ -206,6 +231,15 @@ class LoadedModel:
         """As `encode_image`, of what `prepare` has made of image files, say in other processes."""
         parts = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
         return self._embedded(self.prepare.batch(part, self.device) for part in parts)
+
+    @torch.inference_mode()
+    def patches(self, images: Sequence[Pixels]) -> Tensor:
+        """Of what `prepare` has made of image files the tokens that `text_pooler` looks at: [images, tokens, width]."""
+        pixels = self.prepare.batch(images, self.device)
+        tokens = encode_image(self.clip, pixels.to(self.image_dtype), normed_tokens=True).tokens
+        if tokens is None:
+            raise ValueError("this image tower gives no tokens")
+        return tokens.float().cpu()
 
     def _embedded(self, batches: Iterable[Tensor]) -> Tensor:
         """Embeddings of pixels, a batch after the other."""

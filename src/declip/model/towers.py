@@ -8,6 +8,7 @@ from torch import nn
 
 from declip.architecture import OURS, Model
 from declip.errors import InputError, first_line
+from declip.model.drop_path import add_drop_path
 
 Towers: TypeAlias = Any  # open_clip's CLIP, which holds its text tower's parts itself, or its CustomTextCLIP
 
@@ -75,6 +76,10 @@ def build_towers(model: Model) -> Towers:
         raise InputError(f"model: open_clip cannot build these towers: {first_line(error)}.") from None
     if model.patch_dropout and not patch_dropouts(clip):
         raise InputError("model.patch_dropout: this image tower has no patches to leave out, only a ViT has.")
+    if model.image.drop_path:
+        add_drop_path(clip.visual, "image", model.image.drop_path)
+    if model.text.drop_path:
+        add_drop_path(clip.transformer if hasattr(clip, "transformer") else clip.text, "text", model.text.drop_path)
     if model.freeze_patch_embedding and "timm_model_name" in vision:
         raise InputError("model.freeze_patch_embedding: only open_clip's own ViT can be trained so, not a timm tower.")
     if model.freeze_patch_embedding and isinstance(clip.visual, VisionTransformer):  # a ResNet has no patches

@@ -119,8 +119,7 @@ class Contrastive(nn.Module):
     def forward(self, features: Features, batch: Batch) -> Tensor:
         images, texts = features.unit_image[: self.images], features.unit_texts(self.texts)
         ranks, ids, candidates = features.ranks, None, None
-        if self.equal and batch.caption_ids is not None:
-            own = batch.caption_ids[[batch.text_views.index(view) for view in self.texts]]
+        if self.equal and (own := batch.ids_of(self.texts)) is not None:
             ids = ranks.gather(own, dim=1)
         if ranks.count > 1:
             # This rank's rows against the columns of all ranks, both ways: the work is shared, not repeated.

@@ -16,17 +16,19 @@ class WeightAverage:
     In update t = 1, 2, … the decay is min(decay, (1 + t) / (10 + t)), so that the average of a short run is not that of
     its first random weights (as in TensorFlow's ExponentialMovingAverage). Buffers are not averaged: while the average
     is applied the model has its own, such as the latest statistics of batch norm.
+
+    warm: false for one decay from the first update on
     """
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self.parameters, self.decay, self.updates = parameters, decay, 0
+    def __init__(self, parameters: list[nn.Parameter], decay: float, warm: bool = True) -> None:
+        self.parameters, self.decay, self.warm, self.updates = parameters, decay, warm, 0
         self.average = [parameter.detach().clone() for parameter in parameters]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters of now into the average; called after each optimizer step."""
+        """Take the parameters of now into the average; called once a step."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warm else self.decay
         torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.parameters], 1 - decay)
 
     @contextlib.contextmanager

@@ -42,6 +42,8 @@ def peak_flops(gpu: str, bfloat16: bool) -> float | None:
 def pair_flops(recipe: Recipe, tokens: int) -> float:
     """FLOPs of the towers for one pair with all its views, forward and backward, captions `tokens` long.
 
+    What a moving average of the weights makes of a pair, where a term asks, counts too.
+
     Counted operator by operator on tensors without data: a product of [a, b] and [b, c] is 2abc. What is computed again
     to save memory does not count (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), nor do heads and losses.
     """
@@ -55,10 +57,18 @@ def pair_flops(recipe: Recipe, tokens: int) -> float:
             text_views=tuple(recipe.text_views),
             labels=None,
             sample_ids=torch.arange(pairs),
+            local_images=torch.zeros(recipe.local_views, pairs, *[model.local_size] * 2, 3, dtype=torch.uint8)
+            if recipe.local_views
+            else None,
         )
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with FlopCounterMode(display=False) as counter:
             features = model(batch)
-            total = torch.stack([features.image.sum(), *(text.sum() for text in features.text.values())]).sum()
+            found = [features.image, *features.text.values()]
+            found += [] if features.local_image is None else [features.local_image]
+            total = torch.stack([each.sum() for each in found]).sum()
             torch.autograd.grad(total, parameters, allow_unused=True)
+            if (term := recipe.terms.active().get("teacher_contrast")) is not None:
+                with torch.no_grad():
+                    model(batch.part(term.images, term.seen_by_average))  # type: ignore[attr-defined]
     return float(counter.get_total_flops()) / pairs

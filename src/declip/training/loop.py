@@ -270,6 +270,7 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
             (loss * run.loss_scale.value).backward()
         run.watch.read_gradients(run.loss_scale)
         norm = clip_gradients(run.parameters, recipe.optimizer.clip_norm or math.inf, ranks, run.loss_scale)
+        run.begin_step()
         if skipped := run.guard.step(run.step + 1, agreed.loss, norm, agreed.terms):
             log.say(f"skipped: {skipped}", style="yellow")
         run.end_step()
@@ -299,8 +300,9 @@ def go(run: Run, step: nn.Module, log: RunLog, interrupts: Interrupts) -> None:
 
 
 def _follow_schedule(run: Run) -> float:
-    """Set what changes in the course of a run: learning rates, patches left out; returns the learning rate."""
+    """Set what changes in the course of a run: learning rates, terms' weights, patches; returns the learning rate."""
     recipe = run.recipe
+    run.objective.done = run.step / run.steps
     rate = run.rate_factor * learning_rate(run.step, run.steps, recipe)
     for group in run.optimizer.param_groups:
         begun = run.step >= group["begins"] * run.steps
@@ -315,7 +317,15 @@ def batch_maker(run: Run) -> BatchMaker:
     """What makes this rank's part of each batch."""
     model, ranks = run.model, run.ranks
     towers = model.view_size, model.context_length, model.tokenizer, model.full_captions
-    return BatchMaker(run.images, run.recipe, *towers, rank=ranks.rank, ranks=ranks.count, kept=run.kept)
+    return BatchMaker(
+        run.images,
+        run.recipe,
+        *towers,
+        rank=ranks.rank,
+        ranks=ranks.count,
+        kept=run.kept,
+        local_size=model.local_size,
+    )
 
 
 def make_step(run: Run) -> nn.Module:

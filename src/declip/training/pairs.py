@@ -33,6 +33,7 @@ from declip.recipe import Recipe
 UNKNOWN_AT_MOST = 0.05
 """Share of unknown words in captions above which a run says so."""
 _IMAGES_READ = 100_000  # at most, to tell whether pairs are still the same
+_ASIDE = 1  # seed of what is set aside; what is held out has 0
 _CAPTIONED = 2000  # pairs whose captions are looked at
 
 
@@ -44,7 +45,7 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
         )
     # With weights every source keeps pairs of its own, and is split by itself.
     named = [[spec] for spec in data.train] if data.weights else [data.train]
-    parts: list[Source] = [open_sources(specs, data) for specs in named]
+    parts: list[Source] = [_seen(open_sources(specs, data), data) for specs in named]
     held: Source | None = None
     if data.validation:
         held = open_sources(data.validation, data)
@@ -57,6 +58,17 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
         parts = [take_fraction(part, data.fraction, data.fraction_seed) for part in parts]
     pairs = joined(parts)
     return pairs, held if held is not None and len(held) > 1 else None
+
+
+def pairs_set_aside(data: Data) -> Source:
+    """The pairs that ``data.set_aside`` keeps out of a run; raises InputError where it keeps none."""
+    if not data.set_aside:
+        raise InputError("No pairs are set aside: say data.set_aside=0.1.")
+    return split_holdout(open_sources(data.train, data), data.set_aside, seed=_ASIDE)[1]
+
+
+def _seen(source: Source, data: Data) -> Source:
+    return split_holdout(source, data.set_aside, seed=_ASIDE)[0] if data.set_aside else source
 
 
 def _split_by_picture(parts: list[Source], data: Data) -> tuple[list[Source], Source]:

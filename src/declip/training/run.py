@@ -89,7 +89,12 @@ class Run:
         self.first = first
         strength = recipe.optimizer.start_decay
         self.anchor = Anchor(model.clip, first, strength) if strength else None
-        self.average = WeightAverage(self.parameters, recipe.optimizer.ema) if recipe.optimizer.ema else None
+        self.average, self.averages_first = None, recipe.optimizer.ema_update == "before"
+        if recipe.optimizer.averages:
+            decay = recipe.optimizer.ema_decay(steps)
+            self.average = WeightAverage(self.parameters, decay, warm=not self.averages_first)
+            if "teacher_contrast" in objective.terms:
+                self.compute.average = self.average
         self.step, self.seconds, self.peak_memory, self.memory_read = 0, 0.0, 0, -math.inf
         self._forget_best()
         self.roll_backs, self.rate_factor, self.rolled_to = 0, 1.0, -1
@@ -103,13 +108,18 @@ class Run:
         self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
         self.loss_at_best = math.inf
 
+    def begin_step(self) -> None:
+        """Before the optimizer's step."""
+        if self.average is not None and self.averages_first:
+            self.average.update()
+
     def end_step(self) -> None:
         """After the optimizer's step: the logit scales go into their ranges, the weights into their average."""
         if self.anchor is not None:
             self.anchor.pull(self.optimizer)
         self.model.clamp_logit_scale()
         self.objective.clamp_logit_scale()
-        if self.average is not None:
+        if self.average is not None and not self.averages_first:
             self.average.update()
         self.step += 1
 
@@ -170,6 +180,8 @@ class Run:
                 token_wise = None if token_wise is None else token_wise._replace(mappings=copies[1])
         with self.averaged():
             metrics = None if self.held_out is None else self.held_out.score(model, self.device, token_wise)
+        if metrics is not None and self.held_out is not None and self.recipe.evaluation.unaveraged:
+            metrics["unaveraged_score"] = self.held_out.score(model, self.device, token_wise)["score"]
         if self.whole_copy is not None:
             self.whole_copy.put_away()
         return metrics

@@ -17,6 +17,7 @@ from declip.errors import InputError, first_line
 from declip.model.dual_encoder import Features
 from declip.objectives.objective import Objective
 from declip.ranks import Ranks
+from declip.training.average import WeightAverage
 
 
 class Step(nn.Module):
@@ -25,13 +26,26 @@ class Step(nn.Module):
     def __init__(self, model: nn.Module, objective: Objective, precision: str, ranks: Ranks) -> None:
         super().__init__()
         self.model, self.objective, self.precision, self.ranks = model, objective, precision, ranks
+        self.average: WeightAverage | None = None  # where a term learns from it
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The total and each term: this rank's, whose mean over the ranks is that of the global batch."""
+        taught = {} if self.average is None else self._by_average(batch, self.average)
         with autocast(batch.images.device, self.precision):
             features: Features = self.model(batch)
-        loss, terms = self.objective(replace(features, ranks=self.ranks), batch)
+        loss, terms = self.objective(replace(features, ranks=self.ranks, **taught), batch)
         return loss, terms
+
+    @torch.no_grad()
+    def _by_average(self, batch: Batch, average: WeightAverage) -> dict[str, Tensor]:
+        """What the average makes of the views that it is to see: embeddings [views, batch, dim], normalised."""
+        term = self.objective.terms["teacher_contrast"]
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        with average.applied(), autocast(batch.images.device, self.precision):
+            found: Features = self.model(batch.part(term.images, term.teacher_texts))  # type: ignore[arg-type]
+        for buffer, before in buffers:
+            buffer.copy_(before)  # batch norms keep the statistics of the weights that learn
+        return {"teacher_image": found.unit_image, "teacher_text": found.unit_texts(found.text.keys())}  # type: ignore[arg-type]
 
 
 def pick_device(name: str) -> torch.device:
