@@ -53,8 +53,8 @@ class CaptionViews(Section):
     deletion_share: Probability = Field(0.1, description="share of the words that a deletion drops")
     equal: Literal["caption", "pair"] = Field(
         "caption",
-        description="which pairs show equal captions, for terms that ask: those whose captions of the moment are equal, "
-        "or those that have the same captions altogether",
+        description="which pairs show equal captions, for terms that ask: those whose captions of the moment are, or "
+        "those that have the same captions altogether",
     )
     sentences: bool = Field(
         False,

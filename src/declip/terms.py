@@ -46,7 +46,7 @@ class _Equals(_Pairs):
 
     equal_captions: Literal["negatives", "positives"] = Field(
         "negatives",
-        description="what pairs that show the same caption are to one another in a batch (data.text.equal says which do)",
+        description="what pairs that show equal captions are to one another in a batch (data.text.equal says which do)",
     )
 
 

@@ -68,11 +68,18 @@ def test_a_grid_is_run_reported_and_gone_on_with(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / CELLS).iterdir()} == files
 
 
-def test_an_interrupted_grid_goes_on_and_ends_as_one_that_was_not(line: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_an_interrupted_grid_goes_on_and_ends_as_one_that_was_not(
+    line: Callable[..., list[str]], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
 
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "declip", *line("clip", more=("--jobs", "1", "schedule.epochs=400", "--json"))]
+        command = [
+            sys.executable,
+            "-m",
+            "declip",
+            *line("clip", more=("--jobs", "1", "--pairs-seen", "6400", "--json")),
+        ]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     process = start()

@@ -104,7 +104,9 @@ def test_views_take_the_runs_that_they_say() -> None:
 def test_factors_are_those_of_the_curves() -> None:
     """DeCLIP reaches with a quarter of the pairs what CLIP reaches with all."""
     right = {("clip", 100): 5, ("clip", 400): 10, ("declip", 100): 10, ("declip", 400): 15}
-    cells = [ran(m, f, s, right=right[m, FRACTIONS[f]]) for m in ("clip", "declip") for f in FRACTIONS for s in range(2)]
+    cells = [
+        ran(m, f, s, right=right[m, FRACTIONS[f]]) for m in ("clip", "declip") for f in FRACTIONS for s in range(2)
+    ]
     found = find(Grid(), cells, "mean")  # type: ignore[arg-type]
     ((line, factors), *others) = [each for each in found.factors if each[0].view == "pairs seen"]
     assert not others

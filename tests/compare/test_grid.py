@@ -101,7 +101,7 @@ def test_without_a_judged_set_pairs_are_set_aside(asked: Callable[..., Asked]) -
     aside = pairs_set_aside(data)
     keys = [{source.key(i) for i in range(len(source))} for source in (train, held, aside)]
     assert len(set.union(*keys)) == sum(map(len, keys)) == 100
-    with pytest.raises(InputError, match="the grid sets data.set_aside itself; use --aside"):
+    with pytest.raises(InputError, match=r"the grid sets data.set_aside itself; use --aside"):
         prepare(asked(changes=("data.set_aside=0.5",)))
 
 

@@ -58,7 +58,9 @@ def test_beside_a_plain_loop(top: int, captions: int) -> None:
         assert all(torch.equal(found[way], own) for way, own in ranks.items())
 
 
-def test_a_trained_model_reranks(tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trained_model_reranks(
+    tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tiny("clip", "terms.text_conditioned.texts=['caption']", "model.logit_bias_init=-3")
     train(recipe, tmp_path / "run", quiet=True)
     model = load(tmp_path / "run")
@@ -79,7 +81,9 @@ def test_a_trained_model_reranks(tiny: Callable[..., Recipe], tmp_path: Path, ca
         assert figures[2]["undecodable"] == 1
 
 
-def test_other_models_say_that_they_cannot(tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_models_say_that_they_cannot(
+    tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(tiny("clip"), tmp_path / "run", quiet=True)
     test = write_pairs(tmp_path / "test.parquet", [pair(n) for n in range(100, 112)])
     assert main(["evaluate", str(tmp_path / "run"), str(test), "--task", "retrieval", "--rerank", "5"]) == 2

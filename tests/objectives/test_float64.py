@@ -272,7 +272,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "multi_view": lambda a, b, mask: multi_view_infonce(a.transpose(0, 1), b.transpose(0, 1), SCALE, 0.5),
     "sigmoid": lambda a, b, mask: sigmoid_loss(a[:, 0], b[:, 0], SCALE, BIAS),
     "sigmoid, equal captions": lambda a, b, mask: sigmoid_loss(
-        a[:, 0], b[:, 0], SCALE, BIAS, caption_ids=torch.tensor([[1, 2, 1]])
+        a[:, 0], b[:, 0], SCALE, BIAS, caption_ids=(mask.sum(dim=1) > 1).long()[None]
     ),
     "simclr": lambda a, b, mask: nt_xent(a[:, 0], b[:, 0]),
     "token_wise": lambda a, b, mask: token_wise_infonce(a, b, SCALE),

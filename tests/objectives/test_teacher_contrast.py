@@ -138,14 +138,14 @@ class Golden:
         path = require_shared("golden/cosmos.json")
         self.expected, self.tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
         config = self.expected["config"]
-        vision = {name: config["vision"][name] for name in ("image_size", "layers", "width", "head_width", "patch_size")}
+        vision = {
+            name: config["vision"][name] for name in ("image_size", "layers", "width", "head_width", "patch_size")
+        }
         text = {name: config["text"][name] for name in ("context_length", "vocab_size", "width", "heads", "layers")}
         self.clip: Any = CLIP(config["embed_dim"], {**vision, "pool_type": "tok"}, text).double()
         cross = CrossModal(vision["width"], text["width"], config["embed_dim"])
         self.views = tuple(f"view{n}" for n in range(config["global_captions"] + config["local_captions"]))
-        self.term = TeacherContrast(
-            2, self.views, self.views[:2], [0.25] * 4, cross=cross, mask_padding=False
-        ).double()
+        self.term = TeacherContrast(2, self.views, self.views[:2], [0.25] * 4, cross=cross, mask_padding=False).double()
         self.names = {}  # of our parameters, by the public code's
         for key in self.tensors:
             if key.startswith("student."):
@@ -187,7 +187,9 @@ def test_cosmos_is_its_public_code() -> None:
     expected, ids = student.expected, student.tensors["in.texts"].long()
     seen, local, texts = student.images("global", 2), student.images("local", 3), student.texts(6)
     with torch.no_grad():
-        taught = [torch.stack([each.embedding for each in own]) for own in (teacher.images("global", 2), teacher.texts(2))]
+        taught = [
+            torch.stack([each.embedding for each in own]) for own in (teacher.images("global", 2), teacher.texts(2))
+        ]
     features = Features(
         image=torch.stack([each.embedding for each in seen]),
         text={view: each.embedding for view, each in zip(student.views, texts, strict=True)},

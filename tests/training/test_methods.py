@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_checks import TAUGHT
 from stopping import stop_after
 
 import declip
@@ -14,10 +15,13 @@ from declip.data.decoded import open_images
 from declip.data.loader import BatchMaker
 from declip.data.sources import open_sources
 from declip.model.dual_encoder import DualEncoder
-from declip.objectives.objective import Objective, build_objective
+from declip.objectives.objective import build_objective
+from declip.ranks import ALONE
 from declip.recipe import Recipe, load_recipe
+from declip.training.average import WeightAverage
 from declip.training.logging import read_metrics
 from declip.training.optimizer import build_optimizer, parameter_groups
+from declip.training.step import Step
 
 METHODS = ("clip", "slip", "filip", "declip", "defilip", "siglip", "cosmos")
 SMALLER = [
@@ -66,27 +70,30 @@ def losses_of(recipe: Recipe) -> tuple[float, float]:
     objective = build_objective(recipe, model, torch.arange(49408))
     source = open_sources(recipe.data.train, recipe.data)
     towers = model.image_size, model.context_length, model.tokenizer, model.full_captions
-    maker = BatchMaker(open_images(source, 0, 1), recipe, *towers)
-    optimizer = build_optimizer([model, objective], recipe.optimizer)
-    first = whole_loss(model, objective, maker)
+    maker = BatchMaker(open_images(source, 0, 1), recipe, *towers, local_size=model.local_size)
+    optimizer, step = build_optimizer([model, objective], recipe.optimizer), Step(model, objective, "float32", ALONE)
+    if recipe.terms.teacher_contrast:
+        step.average = WeightAverage([*model.parameters(), *objective.parameters()], 0.9)
+    first = whole_loss(step, maker)
     for number in range(20):
-        batch = maker.make(number)
-        loss, _ = objective(model(batch), batch)
+        loss, _ = step(maker.make(number))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.clamp_logit_scale()
         objective.clamp_logit_scale()
-    return first, whole_loss(model, objective, maker)
+        if step.average is not None:
+            step.average.update()
+    return first, whole_loss(step, maker)
 
 
 @torch.no_grad()
-def whole_loss(model: DualEncoder, objective: Objective, maker: BatchMaker) -> float:
-    batch = maker.make(0)
-    objective.eval()  # the queue is not filled
-    _, terms = objective(model(batch), batch)
-    objective.train()
-    return sum(objective.weights[name] * float(value) for name, value in terms.items() if name != "nearest_neighbour")
+def whole_loss(step: Step, maker: BatchMaker) -> float:
+    step.objective.eval()  # the queue is not filled
+    _, terms = step(maker.make(0))
+    step.objective.train()
+    weights = step.objective.weights.items()
+    return sum(weight * float(terms[name]) for name, weight in weights if name != "nearest_neighbour")
 
 
 @pytest.mark.parametrize("method", ["slip", "filip", "defilip", "siglip", "cosmos"])
@@ -98,6 +105,7 @@ def test_a_run_of_each_method_resumes_exactly_and_opens(
         "filip": ["terms.contrastive=none", "terms.token_wise.dim=8"],
         "defilip": ["terms.token_wise.dim=8", "terms.token_wise.mask_padding=false", "terms.token_wise.top_k=3"],
         "siglip": ["terms.contrastive=none", "terms.sigmoid.weight=1", "model.logit_bias_init=-10"],
+        "cosmos": [*TAUGHT, "terms.teacher_contrast.cross_attention=true", "terms.teacher_contrast.local_images=1"],
     }[method]
     recipe = tiny("declip" if method == "defilip" else "clip", *terms)
     whole = declip.train(recipe, tmp_path / "whole", quiet=True)

@@ -34,7 +34,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 def test_the_step_asks_the_average(tiny: MakeRecipe) -> None:
-    """What the average makes of the first views is what a model with its weights makes; batch norms stay as they were."""
+    """What the average makes of views is what a model with its weights makes; batch norms stay as they were."""
     recipe = tiny("clip", *TAUGHT, *RESNET)
     torch.manual_seed(0)
     model = DualEncoder(recipe)
@@ -101,7 +101,10 @@ def test_a_half_life_is_one(tiny: MakeRecipe) -> None:
     ("overrides", "says"),
     [
         (["optimizer.ema=0.9", "optimizer.ema_half_life=0.1"], "ema and ema_half_life say the decay of one average"),
-        (["terms.teacher_contrast.weight=1"], "learns from a moving average of the weights: set optimizer.ema_half_life"),
+        (
+            ["terms.teacher_contrast.weight=1"],
+            "learns from a moving average of the weights: set optimizer.ema_half_life",
+        ),
         (["evaluation.unaveraged=true"], "evaluation.unaveraged is beside optimizer.ema_half_life"),
         ([*TAUGHT, "terms.teacher_contrast.weights=[0,0,0,0]"], "one above it at least"),
         ([*TAUGHT, "terms.teacher_contrast.own_view=false", "terms.teacher_contrast.images=1"], "set images = 2"),
@@ -130,8 +133,6 @@ def test_small_crops_are_the_terms_alone(tiny: MakeRecipe) -> None:
     assert batch.local_images is not None
     assert batch.local_images.shape == (3, 8, 8, 8, 3)
     assert torch.equal(batch.images, BatchMaker(images, plain, 16, 77).make(0).images)
-    spread = batch.local_images.float().std(dim=(2, 3)).mean(), batch.images.float().std(dim=(2, 3)).mean()
-    assert spread[0] < spread[1]
     found = model(batch)
     expected = encode_image(model.clip, model.pixels(batch.local_images[1]), any_size=True).embedding
     torch.testing.assert_close(found.local_image[1], expected)
@@ -141,7 +142,9 @@ def test_small_crops_are_the_terms_alone(tiny: MakeRecipe) -> None:
 
 def test_what_the_average_makes_counts_as_compute(tiny: MakeRecipe) -> None:
     without = pair_flops(tiny("clip", *TAUGHT, "terms.teacher_contrast=none", "terms.contrastive.images=2"), 10)
-    taught = pair_flops(tiny("clip", *TAUGHT, "terms.contrastive.images=2", "terms.teacher_contrast.texts=['single']"), 10)
+    taught = pair_flops(
+        tiny("clip", *TAUGHT, "terms.contrastive.images=2", "terms.teacher_contrast.texts=['single']"), 10
+    )
     assert taught / without == pytest.approx(4 / 3, rel=0.15)  # a forward pass more; backward is two of them
 
 

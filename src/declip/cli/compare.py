@@ -184,7 +184,7 @@ def _asked(args: argparse.Namespace) -> Asked:
         ablate=tuple(args.ablate),
         variants=tuple(_variant(text) for text in args.variant),
         jobs=args.jobs,
-        allow_overlap=args.allow_overlap,
+        allow_overlap=args.allow_overlap or (args.quick and wanted["data"] == _QUICK["data"]),
         equal_compute=not args.no_equal_compute,
         **{name: value for name, value in optional.items() if value},
     )

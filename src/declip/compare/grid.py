@@ -78,7 +78,8 @@ class Asked:
     judged: sets to judge on; none: `aside`, a share of the pairs that no run sees
     recipes: of the methods, by name or file; changes: of all of them; own: of one, by its name; base: who the others
     are measured against; rates: factors on the recipes' learning rates to choose from; lengths: of the runs, times
-    `pairs_seen`; equal_compute: also run other methods for as long as costs what the base costs; ablate: recipes whose terms are left out one by one; variants: (recipe, changes) to judge beside it;
+    `pairs_seen`; equal_compute: also run other methods for as long as costs what the base costs;
+    ablate: recipes whose terms are left out one by one; variants: (recipe, changes) to judge beside it;
     jobs: runs at a time
     """
 

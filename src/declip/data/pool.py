@@ -1,7 +1,7 @@
 """Text views that sample a pair's captions: several of them joined, or single ones (COSMOS, FLAIR and DreamLIP).
 
-The pool is what a pair has: its captions, or the sentences of these. Every view draws for itself; the single views share
-one draw, so that they repeat nothing as long as the pool lasts.
+The pool is what a pair has: its captions, or the sentences of these. Every view draws for itself; the single views
+share one draw, so that they repeat nothing as long as the pool lasts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def sentences(captions: Sequence[str]) -> tuple[str, ...]:
 
 
 def joined(pool: Sequence[str], most: int, rng: np.random.Generator) -> str:
-    """1 to `most` of the pool, as many as it has at most, in random order as one text (COSMOS, Kim et al. 2025, §3.1)."""
+    """1 to `most` of the pool, as many as it has at most, in random order as one text (COSMOS, §3.1)."""
     count = int(rng.integers(1, min(most, len(pool)) + 1))
     return ". ".join(pool[place] for place in rng.permutation(len(pool))[:count])
 

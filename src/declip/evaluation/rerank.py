@@ -35,12 +35,12 @@ def rerank(
     askers = _askers(found["text_to_image"], len(images))
     for row, own in patches:
         asking, wanted = askers[row], found["image_to_text"][row]
-        both, place = torch.cat([asking[0], wanted]).unique(return_inverse=True)
+        both, place = torch.unique(torch.cat([asking[0], wanted]), return_inverse=True)
         pooled = pooler(own[None], texts[both][None])[0]
         values = (pooled * F.normalize(texts[both], dim=-1)).sum(dim=-1)[place]
         scores["text_to_image"][asking[0], asking[1]] = values[: len(asking[0])]
         scores["image_to_text"][row] = values[len(asking[0]) :]
-    captioned = image_of_text.unique()
+    captioned = torch.unique(image_of_text)
     right = {
         "text_to_image": found["text_to_image"] == image_of_text[:, None],
         "image_to_text": image_of_text[found["image_to_text"]] == torch.arange(len(images))[:, None],
@@ -59,7 +59,7 @@ def _askers(hits: Tensor, images: int) -> list[tuple[Tensor, Tensor]]:
     """Of each image the texts that have it among their hits, and at which place."""
     order = hits.flatten().argsort(stable=True)
     counts = torch.bincount(hits.flatten(), minlength=images).tolist()
-    return [(part // hits.shape[1], part % hits.shape[1]) for part in order.split(counts)]
+    return [(part // hits.shape[1], part % hits.shape[1]) for part in torch.split(order, counts)]
 
 
 def _ranks(scores: Tensor, right: Tensor, old: Tensor) -> Tensor:

@@ -117,7 +117,9 @@ def rerank_retrieval(
     if pooler is None:
         raise InputError(f"{model.name} was not trained with terms.text_conditioned: there is nothing to rerank with.")
     if test.folds > 1:
-        raise InputError(f"{test.name} is judged in {test.folds} parts, and reranking looks at the whole: leave it out.")
+        raise InputError(
+            f"{test.name} is judged in {test.folds} parts, and reranking looks at the whole: leave it out."
+        )
     captioned = embedded.rows[texts.captioned]
     places = {row: place for place, row in enumerate(captioned.tolist())}
     own = ((places[row], patches) for row, patches in patches_of(model, test.source, test.name, places, progress))

@@ -18,8 +18,8 @@ _BRANCHES = {"Bottleneck": ("bn3",), "ResidualAttentionBlock": ("ls_1", "ls_2")}
 def add_drop_path(tower: nn.Module, part: Part, rate: float) -> None:
     """Leave the branches of the last block out with probability `rate`, those before it less, the first one's hardly.
 
-    What is left in is divided by the probability that it is, so that its mean is that of evaluation, in which nothing is
-    left out (Huang et al. 2016, arXiv:1603.09382; the line over the depth is theirs too).
+    What is left in is divided by the probability that it is, so that its mean is that of evaluation, in which nothing
+    is left out (Huang et al. 2016, arXiv:1603.09382; the line over the depth is theirs too).
     Raises InputError where the tower has no such blocks.
     """
     blocks: list[Any] = [module for module in tower.modules() if type(module).__name__ in _BRANCHES]

@@ -32,9 +32,7 @@ class EncodedImages(NamedTuple):
     tokens: Tensor | None
 
 
-def encode_image(
-    clip: Towers, pixels: Tensor, normed_tokens: bool = False, any_size: bool = False
-) -> EncodedImages:
+def encode_image(clip: Towers, pixels: Tensor, normed_tokens: bool = False, any_size: bool = False) -> EncodedImages:
     """Run open_clip's image tower on float [batch, 3, height, width]; nothing is computed twice.
 
     normed_tokens: a ViT's tokens are wanted after its last norm; any_size: of a ViT and a ResNet images may be smaller
@@ -106,7 +104,7 @@ def resized_positions(positions: Tensor, grid: tuple[int, ...], wanted: tuple[in
     By the factor (wanted + 0.1) / own a side, not by the wanted size, as DINO and COSMOS have it: it is the factor that
     says where the grid is read, and without the 0.1 a rounded one may give a place too few.
     """
-    first, places = positions[:1], positions[1:].unflatten(0, grid).permute(2, 0, 1)[None]
+    first, places = positions[:1], torch.unflatten(positions[1:], 0, grid).permute(2, 0, 1)[None]
     factors = tuple((new + 0.1) / old for new, old in zip(wanted, grid, strict=True))
     resized = F.interpolate(places, scale_factor=factors, mode="bicubic", align_corners=False)
     return torch.cat([first, resized[0].permute(1, 2, 0).flatten(0, 1)])

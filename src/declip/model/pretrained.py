@@ -19,8 +19,8 @@ from declip.model.class_embeddings import class_embeddings
 from declip.model.embed import TokenWise, embed_images, embed_texts
 from declip.model.export import FinishedModel, is_open_clip_folder, load_strictly, read_open_clip_folder
 from declip.model.heads import TextPooler, TokenMappings
-from declip.model.image_tower import encode_image
 from declip.model.huggingface import is_huggingface_folder, read_huggingface
+from declip.model.image_tower import encode_image
 from declip.model.preparation import Preparation
 from declip.model.products import by_onednn
 from declip.model.released import read_released

@@ -72,7 +72,9 @@ def build_objective(
     """
     active = recipe.terms.active()
     modules = {name: _build_term(name, recipe, model, used_tokens, teacher) for name in active}
-    weights, fades = ({name: getattr(term, field) for name, term in active.items()} for field in ("weight", "fade_from"))
+    weights, fades = (
+        {name: getattr(term, field) for name, term in active.items()} for field in ("weight", "fade_from")
+    )
     return Objective(modules, weights, fades)
 
 
@@ -105,7 +107,9 @@ def _build_term(
                 model.dim, *queue, options.exclude_own, options.random_start, options.enqueue, options.queue_per_rank
             )
         case "teacher_contrast":
-            cross = CrossModal(model.image_token_width, model.text.width, model.dim) if options.cross_attention else None
+            cross = (
+                CrossModal(model.image_token_width, model.text.width, model.dim) if options.cross_attention else None
+            )
             views = options.images, options.texts, options.seen_by_average
             scale = options.logit_scale_init, options.logit_scale_range
             return TeacherContrast(*views, options.weights, options.own_view, cross, options.mask_padding, *scale)

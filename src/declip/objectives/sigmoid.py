@@ -37,7 +37,7 @@ class _SigmoidLoss(torch.autograd.Function):
     ) -> Tensor:
         loss, slopes = images.new_zeros(()), [torch.zeros_like(x) for x in (images, texts, logit_bias)]
         texts, arriving = texts.contiguous(), None
-        of_ranks = None if ids is None else ranks.gather(ids, dim=1).unflatten(1, (ranks.count, -1))
+        of_ranks = None if ids is None else torch.unflatten(ranks.gather(ids, dim=1), 1, (ranks.count, -1))
         for hop in range(ranks.count):
             last = hop == ranks.count - 1
             coming = None if last else ranks.pass_on(texts)
@@ -93,7 +93,7 @@ def _add_block(
         if slopes is not None:
             logits.sigmoid_()
             if positive is not None:
-                logits -= positive
+                logits -= positive.to(logits.dtype)
             elif own:
                 right.sub_(1)
             slopes[0][view, part].addmm_(logits, text)

@@ -59,10 +59,7 @@ def text_conditioned_sigmoid(
     for part in parts:
         own = torch.arange(first + part.start, first + part.stop, device=patches.device)
         given = patches[part], texts, choice[part], own
-        if len(parts) == 1:
-            total = total + loss_of(*given)
-        else:
-            total = total + checkpoint(loss_of, *given, use_reentrant=False)
+        total = total + (loss_of(*given) if len(parts) == 1 else checkpoint(loss_of, *given, use_reentrant=False))
     return total / (count + views - 1)
 
 

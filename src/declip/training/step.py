@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The total and each term: this rank's, whose mean over the ranks is that of the global batch."""
-        taught = {} if self.average is None else self._by_average(batch, self.average)
+        taught: dict[str, Any] = {} if self.average is None else self._by_average(batch, self.average)
         with autocast(batch.images.device, self.precision):
             features: Features = self.model(batch)
         loss, terms = self.objective(replace(features, ranks=self.ranks, **taught), batch)
