@@ -96,7 +96,7 @@ METHODS = {
             *('terms.sigmoid.texts=["caption","augmented"]', "data.text.equal=pair", "model.logit_bias_init=-3"),
         ],
     ),
-    "taught by its average": (
+    "taught by its average, a ResNet": (
         "clip",
         [
             *(*TAUGHT, "terms.teacher_contrast.own_view=false", "terms.teacher_contrast.local_images=1"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,16 +10,16 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import pair, write_pairs
 from html_page import Page
 
-from declip.cli import main
+from declip.cli import _parse, main
+from declip.cli.compare import _asked
 from declip.compare.cell import run_cell
 from declip.compare.schedule import CELLS
-from declip.recipe import Recipe, load_recipe, to_toml
+from declip.recipe import Recipe, to_toml
 
 
 @pytest.fixture
@@ -68,39 +67,29 @@ def test_a_grid_is_run_reported_and_gone_on_with(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / CELLS).iterdir()} == files
 
 
-def test_an_interrupted_grid_goes_on(line: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_an_interrupted_grid_goes_on(
+    line: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And ends as one that was not interrupted."""
     out = tmp_path / "out"
-
-    def start() -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "declip",
-            *line("clip", more=("--jobs", "2", "--pairs-seen", "3200", "--fractions", "1", "--json")),
-        ]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    process = start()
+    command = line("clip", more=("--pairs-seen", "1600", "--fractions", "1", "--json"))
+    process = subprocess.Popen([sys.executable, "-m", "declip", *command], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size for path in out.glob(f"{CELLS}/*/run/metrics.jsonl")):
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert not list(out.glob(f"{CELLS}/*.json"))
     assert list(out.glob(f"{CELLS}/*/run/checkpoints/*"))
     assert not (out / "report.html").exists()
-    first, said = start().communicate(timeout=240)
-    assert first, said
-    os.rename(out, tmp_path / "before")
-    whole, _ = start().communicate(timeout=240)
-    one, other = json.loads(first), json.loads(whole)
-    for each in (one, other):
-        for entry in each["lines"]:
-            for point in entry["points"]:
-                point.pop("seconds")
-    assert one["lines"] == other["lines"]
+    found = []
+    for place in (out, tmp_path / "whole"):
+        assert main([*command, "--out", str(place)]) == 0
+        (points,) = [one["points"] for one in json.loads(capsys.readouterr().out)["lines"] if one["view"] == "best"]
+        found.append([{name: value for name, value in point.items() if name != "seconds"} for point in points])
+    assert found[0] == found[1]
 
 
 def test_a_diverged_cell_is_a_result(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -138,13 +127,17 @@ def test_bad_command_lines(arguments: list[str], says: str, capsys: pytest.Captu
     assert says in capsys.readouterr().err
 
 
-def test_quick_fills_in_what_is_not_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    command = ["compare", "--quick", "--plan", "--json", "--out", str(tmp_path / "out"), "declip:optimizer.ema=0.9"]
-    assert main(command) == 0
-    planned: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert list(planned["pairs"]) == ["1", "1/4", "1/16"]
-    assert planned["cells"] == 3 * 3
-    assert planned["pairs_seen"] == 16_000
-    assert load_recipe("declip").data.text.pool == "random"
-    assert Fraction(planned["pairs"]["1/4"], planned["pairs"]["1"]) == pytest.approx(0.25, abs=0.001)
-    assert not (tmp_path / "out").exists()
+def test_quick_fills_in_what_is_not_said() -> None:
+    asked = _asked(_parse(["compare", "--quick", "--seeds", "2", "--out", "out", "declip:optimizer.ema=0.9"]))
+    assert (asked.recipes, asked.judged) == (("clip", "declip"), ("demo:fluent3d",))
+    assert asked.fractions == (1, Fraction(1, 4), Fraction(1, 16))
+    assert (asked.seeds, asked.rates, asked.pairs_seen, asked.allow_overlap) == (2, (1.0,), 16_000, True)
+    assert asked.own["declip"][-1] == "optimizer.ema=0.9"
+    assert "caption" in asked.own["declip"][0]  # names as they are
+    own = _asked(_parse(["compare", "clip", "--quick", "--data", "mine.parquet", "--out", "out", "optimizer.lr=1"]))
+    assert (own.recipes, own.data, own.changes, own.allow_overlap) == (
+        ("clip",),
+        ("mine.parquet",),
+        ("optimizer.lr=1",),
+        False,
+    )

@@ -67,7 +67,7 @@ def run_cells(
     waiting = sorted((key for key in wanted if key not in found), key=lambda key: (-wanted[key].seed, work[key]))
     running: list[_Running] = []
     before = sum(work[key] for key in found)
-    with _terminated_as_preempted():
+    with _stopped_by_signals():
         try:
             while waiting or running:
                 free = sorted(set(range(jobs)) - {one.slot for one in running})
@@ -144,17 +144,20 @@ def _pairs_seen(run: Path) -> int:
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    """Have every run save its state and end; wait for it."""
+    """Have every run save its state and end; wait for it. One that has not begun, or is judged already, just ends."""
     for one in running:
         with contextlib.suppress(ProcessLookupError):
-            one.process.send_signal(signal.SIGINT)
+            one.process.terminate()
     for one in running:
         one.process.wait()
 
 
 @contextlib.contextmanager
-def _terminated_as_preempted() -> Iterator[None]:
-    """Within, SIGTERM raises Preempted; outside the main thread, where Python allows no handlers, nothing changes."""
+def _stopped_by_signals() -> Iterator[None]:
+    """Within, SIGTERM raises Preempted, and Ctrl-C KeyboardInterrupt also where a shell in the background ignores it.
+
+    Outside the main thread, where Python allows no handlers, nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -162,8 +165,10 @@ def _terminated_as_preempted() -> Iterator[None]:
     def terminate(*_: object) -> None:
         raise Preempted("stopped by SIGTERM; what is finished is kept: the same command goes on.")
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    handlers: dict[signal.Signals, Any] = {signal.SIGTERM: terminate, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
