@@ -26,6 +26,7 @@ from declip.recipe import Recipe
 from declip.training.average import WeightAverage
 from declip.training.checkpoint import checkpoints
 from declip.training.flops import pair_flops
+from declip.training.locked import kept_parts
 from declip.training.logging import read_metrics
 from declip.training.loop import train
 from declip.training.step import Step
@@ -159,6 +160,22 @@ def test_positions_for_another_grid(wanted: tuple[int, int]) -> None:
     rows = found[1:].unflatten(0, wanted)
     assert torch.allclose(rows[..., 0], rows[:, :1, 0].expand(*wanted), atol=1e-5)
     assert bool((rows[1:, 0, 0] > rows[:-1, 0, 0]).all())
+
+
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [
+        ([], ["image"]),
+        (["terms.teacher_contrast.local_images=2"], []),
+        (["terms.teacher_contrast.cross_attention=true"], []),
+        (["data.second_images.grayscale=1.0"], []),
+    ],
+)
+def test_what_is_kept_of_resting_towers_are_views_of_one_kind(
+    tiny: MakeRecipe, more: list[str], kept: list[str]
+) -> None:
+    """Small crops, other second views and tokens go through the tower at each step."""
+    assert kept_parts(tiny("clip", *TAUGHT, "model.image.tune=projection", *more)) == kept
 
 
 def test_a_second_view_of_its_own(tiny: MakeRecipe) -> None:
