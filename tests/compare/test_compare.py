@@ -131,7 +131,7 @@ def test_quick_fills_in_what_is_not_said() -> None:
     asked = _asked(_parse(["compare", "--quick", "--seeds", "2", "--out", "out", "declip:optimizer.ema=0.9"]))
     assert (asked.recipes, asked.judged) == (("clip", "declip"), ("demo:fluent3d",))
     assert asked.fractions == (1, Fraction(1, 4), Fraction(1, 16))
-    assert (asked.seeds, asked.rates, asked.pairs_seen, asked.allow_overlap) == (2, (1.0,), 16_000, True)
+    assert (asked.seeds, asked.rates, asked.pairs_seen, asked.allow_overlap) == (2, (1.0,), 9_000, True)
     assert asked.own["declip"][-1] == "optimizer.ema=0.9"
     assert "caption" in asked.own["declip"][0]  # names as they are
     own = _asked(_parse(["compare", "clip", "--quick", "--data", "mine.parquet", "--out", "out", "optimizer.lr=1"]))

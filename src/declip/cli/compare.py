@@ -23,7 +23,7 @@ _QUICK = {
     "fractions": "1,1/4,1/16",
     "seeds": 1,
     "rates": "1",
-    "pairs_seen": 16_000,
+    "pairs_seen": 9_000,
 }
 """What --quick fills in: minutes on two cores."""
 
@@ -241,9 +241,10 @@ def _print_plan(prepared: Prepared, planned: dict[str, Any]) -> None:
 
     stderr = Console(stderr=True)
     fractions = ", ".join(f"{fraction} ({pairs:,} pairs)" for fraction, pairs in planned["pairs"].items())
-    stderr.print(
-        f"{len(prepared.methods)} methods against {prepared.base.name}; {fractions}; {prepared.asked.seeds} seeds."
-    )
+    names = ", ".join(method.name for method in prepared.methods[1:])
+    against = f"{names} against {prepared.base.name}" if names else prepared.base.name
+    seeds = f"{prepared.asked.seeds} seed{'s' * (prepared.asked.seeds > 1)}"
+    stderr.print(f"{against}, {seeds}, on {fractions}.")
     reused = f", {planned['finished']} of them finished already" if planned["finished"] else ""
     stderr.print(
         f"{planned['cells']} cells{reused}; {prepared.jobs} at a time, {planned['pairs_seen']:,} pairs seen by each."
