@@ -171,6 +171,7 @@ def test_judged_pictures_that_are_trained_on_are_named_and_refused(asked: Callab
         ({"own": {"tiny_clip": ("seed=3",)}}, "the grid sets seed itself; use --seeds"),
         ({"ablate": ("slip",)}, "--ablate slip is not among the recipes compared"),
         ({"variants": (("slip", ("data.mix=0.1",)),)}, "--variant slip is not among"),
+        ({"variants": (("tiny_clip", ("data.fraction=0.1",)),)}, "the grid sets data.fraction itself"),
         ({"changes": ("data.holdout=0",)}, "No pairs are held out"),
         ({"own": {"tiny_declip": ("data.holdout=0.3",)}}, "tiny_declip and tiny_clip differ in data.holdout"),
         ({"changes": ("optimizer.lrr=1",)}, "there is no field optimizer.lrr"),

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from declip.cli.terminal import add_columns, command, console, folder, is_rank, positive, whole
+from declip.cli.terminal import (
+    add_columns,
+    columns_said,
+    command,
+    console,
+    folder,
+    is_override,
+    is_rank,
+    positive,
+    whole,
+)
 from declip.errors import InputError
 
 if TYPE_CHECKING:
     from declip.compare.grid import Asked
     from declip.compare.prepare import Prepared
+    from declip.compare.schedule import Told
 
-_OVERRIDE = re.compile(r"([A-Za-z0-9][\w.-]*:)?[A-Za-z_][\w.]*=")
 _QUICK = {
     "recipes": ["clip", "declip"],
     "data": ["demo:noto", "demo:twemoji"],
@@ -133,10 +143,9 @@ def _compare(args: argparse.Namespace) -> dict[str, Any]:
 
 def _asked(args: argparse.Namespace) -> Asked:
     """What the command line says; raises InputError where it contradicts itself."""
-    overrides = [item for item in [*args.recipes, *(args.data or []), *(args.judged or [])] if _is_override(item)]
-    given = {
-        name: [x for x in getattr(args, name) or [] if not _is_override(x)] for name in ("recipes", "data", "judged")
-    }
+    lists = {name: getattr(args, name) or [] for name in ("recipes", "data", "judged")}
+    overrides = [item for items in lists.values() for item in items if is_override(item, of_one=True)]
+    given = {name: [item for item in items if item not in overrides] for name, items in lists.items()}
     wanted = given | {name: getattr(args, name) for name in ("fractions", "seeds", "rates", "pairs_seen")}
     if args.quick:
         wanted = {name: value or _QUICK[name] for name, value in wanted.items()}
@@ -150,10 +159,8 @@ def _asked(args: argparse.Namespace) -> Asked:
     if is_rank():
         raise InputError("declip compare starts its runs itself, --jobs at a time: leave torchrun out.")
     from declip.compare.grid import Asked, parse_fractions
-    from declip.training.plan import override
 
-    columns = {"data.image": args.image, "data.captions": args.captions, "data.key": args.key}
-    common = [override(path, value) for path, value in columns.items() if value]
+    common = columns_said(args)
     own: dict[str, tuple[str, ...]] = {}
     for item in overrides:
         name, colon, change = item.partition(":") if ":" in item.partition("=")[0] else ("", "", item)
@@ -190,10 +197,6 @@ def _asked(args: argparse.Namespace) -> Asked:
     )
 
 
-def _is_override(item: str) -> bool:
-    return bool(_OVERRIDE.match(item)) and not os.path.exists(item)
-
-
 def _factors(option: str, text: str) -> tuple[float, ...]:
     try:
         return tuple(sorted({positive(part) for part in text.split(",")}))
@@ -208,32 +211,21 @@ def _variant(text: str) -> tuple[str, tuple[str, ...]]:
     return recipe, tuple(changes)
 
 
-class _whole_grid:  # noqa: N801
+@contextlib.contextmanager
+def _whole_grid() -> Iterator[Told]:
     """One bar on stderr for all cells."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    def __enter__(self) -> Any:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        stderr = Console(stderr=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-        self.bar.start()
-        task = self.bar.add_task("cells", total=None)
+    stderr, left = Console(stderr=True), (TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *left)
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("cells", total=None)
 
         def told(done: float, total: float, cells: int, of: int) -> None:
-            self.bar.update(task, completed=done, total=total, description=f"{cells} of {of} cells")
+            bar.update(task, completed=done, total=total, description=f"{cells} of {of} cells")
 
-        return told
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        yield told
 
 
 def _print_plan(prepared: Prepared, planned: dict[str, Any]) -> None:

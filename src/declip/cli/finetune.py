@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from declip.cli.terminal import add_columns, add_root, command, console, folder, is_rank, positive
+from declip.cli.terminal import (
+    add_columns,
+    add_root,
+    columns_said,
+    command,
+    console,
+    folder,
+    is_override,
+    is_rank,
+    positive,
+)
 from declip.errors import InputError
 from declip.progress import progress_bar
 
 if TYPE_CHECKING:
     from declip.finetune.prepare import Asked, Prepared
-
-_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def add_finetune(commands: Any) -> None:
@@ -75,7 +81,7 @@ def _finetune(args: argparse.Namespace) -> dict[str, Any]:
 
 def _asked(args: argparse.Namespace) -> Asked:
     """What the command line says; raises InputError where it contradicts itself."""
-    overrides = [item for item in args.data if _OVERRIDE.match(item) and not os.path.exists(item)]
+    overrides = [item for item in args.data if is_override(item)]
     data = [item for item in args.data if item not in overrides]
     if not data:
         raise InputError(
@@ -88,14 +94,11 @@ def _asked(args: argparse.Namespace) -> Asked:
     if is_rank():
         raise InputError("declip finetune trains as one process; for several, train DIR/recipe.toml with declip train.")
     from declip.finetune.prepare import Asked
-    from declip.training.plan import override
 
-    columns = {"data.image": args.image, "data.captions": args.captions, "data.key": args.key}
-    own = [override(path, value) for path, value in columns.items() if value]
     return Asked(
         model=args.model,
         data=data,
-        overrides=[*own, *overrides],
+        overrides=[*columns_said(args), *overrides],
         out=None if args.out is None else Path(args.out),
         minutes=args.minutes,
         general=args.general,

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_OVERRIDE = r"[A-Za-z_][\w.]*="
+_OF_ONE = r"([A-Za-z0-9][\w.-]*:)?"
 
 
 def command(commands: Any, name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
@@ -31,6 +36,19 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", metavar="COL", help="name of the image column")
     parser.add_argument("--captions", action="append", default=[], metavar="COL", help="name of a caption column")
     parser.add_argument("--key", metavar="COL", help="name of the key column")
+
+
+def columns_said(args: argparse.Namespace) -> list[str]:
+    """What `add_columns` was told, as overrides of a recipe."""
+    from declip.training.plan import override
+
+    columns = {"data.image": args.image, "data.captions": args.captions, "data.key": args.key}
+    return [override(path, value) for path, value in columns.items() if value]
+
+
+def is_override(item: str, of_one: bool = False) -> bool:
+    """Whether an argument among files says ``path=value`` (`of_one`: maybe ``NAME:path=value``) and is no file."""
+    return bool(re.match(_OF_ONE + _OVERRIDE if of_one else _OVERRIDE, item)) and not os.path.exists(item)
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,9 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
+from declip.engine import Engine
 from declip.errors import InputError
-from declip.recipe import Engine, Recipe, load_recipe, said_in, to_toml
+from declip.recipe import Recipe, load_recipe, said_in, to_toml
 
 FORMAT = 1
 """Of what a cell's file says; cells of another format are run again."""
@@ -113,7 +114,8 @@ class Asked:
         base = _name(self.base or self.recipes[0])
         if base not in names:
             raise InputError(f"--base {base} is not among the recipes compared: name one of {', '.join(names)}.")
-        for change in [*self.changes, *(change for own in self.own.values() for change in own)]:
+        of_some = [*self.own.values(), *(changes for _, changes in self.variants)]
+        for change in [*self.changes, *(change for own in of_some for change in own)]:
             for path in said_in([change]):
                 if path in _BY_GRID:
                     raise InputError(f"{change!r}: the grid sets {path} itself; use {_BY_GRID[path]}.")

@@ -121,11 +121,11 @@ def plan(prepared: Prepared) -> dict[str, Any]:
     for method in prepared.methods:
         for fraction in prepared.searched:
             cells |= {cell.key: cell for cell in (prepared.search(method, fraction, rate) for rate in tried)}
-    done = [cell for cell in cells.values() if finished(prepared.asked.out, cell) is not None]
+    left = [cell for cell in cells.values() if finished(prepared.asked.out, cell) is None]
     return {
         "cells": len(cells),
-        "finished": len(done),
-        "flops": sum(prepared.flops[cell.method] * cell.seen for cell in cells.values() if cell not in done),
+        "finished": len(cells) - len(left),
+        "flops": sum(prepared.flops[cell.method] * cell.seen for cell in left),
         "pairs": {str(fraction): pairs for fraction, pairs in prepared.pairs.items()},
         "pairs_seen": prepared.seen,
         "batch_sizes": {f"{name}, {fraction}": batch for (name, fraction), batch in prepared.batches.items()},
