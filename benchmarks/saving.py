@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from declip.engine import Safety
 from declip.recipe import load_recipe
-from declip.safety import Safety
 from declip.training import loop, saving
 from declip.training.checkpoint import checkpoints
 from declip.training.guard import Guard

@@ -18,47 +18,14 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from declip.architecture import OURS, Model
+from declip.engine import Engine
 from declip.errors import InputError
 from declip.optimization import Optimizer, Schedule
 from declip.pairs import Data
-from declip.safety import Safety
 from declip.terms import TEXT_VIEWS, Contrastive, Section, Terms
 
 SELF_SUPERVISED = {"simsiam", "simclr"}
 MIXED = {"contrastive", "simsiam", "masked_language"}  # terms that know what a mixed picture is, or need not
-
-
-class Engine(Safety):
-    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes the best there is")
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
-        description="autocast; auto: bfloat16 where the device computes in it, else float32; float16, for GPUs without "
-        "bfloat16, with a loss scale",
-    )
-    threads: int | None = Field(None, gt=0, description="CPU threads for the towers (default: PyTorch's choice)")
-    compile: bool = Field(False, description="torch.compile the towers")
-    micro_batch: int | None = Field(
-        None,
-        gt=0,
-        description="as many image or text views as the towers compute at once on each rank, with the memory of so "
-        "small a batch and the gradients of the whole one: the rest is computed again (GradCache); not set: all",
-    )
-    grad_checkpointing: bool = Field(
-        False, description="keep the inputs of the towers' blocks alone and compute the rest again: less memory"
-    )
-    shard: bool = Field(
-        False,
-        description="for towers too large for one GPU: several ranks share out weights, gradients and the optimizer's "
-        "state (FSDP2) instead of each holding all",
-    )
-    sync_batch_norm: bool = Field(
-        True,
-        description="with several ranks, batch norm sees the global batch, as one process does; false: each rank its "
-        "own part (reference), and in the towers each micro-batch",
-    )
-    trackers: list[Literal["wandb", "mlflow"]] = Field(
-        [], description="send the rows of metrics.jsonl to these too; they must be installed; nothing is sent unasked"
-    )
 
 
 class Evaluation(Section):

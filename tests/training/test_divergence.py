@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from declip.engine import Safety
 from declip.errors import Diverged, InputError
 from declip.objectives.contrastive import Contrastive
 from declip.optimization import Optimizer
 from declip.recipe import Recipe
-from declip.safety import Safety
 from declip.training import guard as guard_module
 from declip.training import loop
 from declip.training.checkpoint import checkpoints

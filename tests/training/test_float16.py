@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from declip.engine import Safety
 from declip.errors import Diverged
 from declip.ranks import ALONE
 from declip.recipe import Recipe
-from declip.safety import Safety
 from declip.training import gradients, loop
 from declip.training import guard as guard_module
 from declip.training.checkpoint import checkpoints

@@ -24,13 +24,14 @@ def recomputed(module: nn.Module, function: Callable[..., Any], *inputs: Any) ->
     """
 
     def contexts() -> tuple[Any, Any]:
-        return contextlib.nullcontext(), _noted_already(module)
+        return contextlib.nullcontext(), noting_nothing(module)
 
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 @contextlib.contextmanager
-def _noted_already(module: nn.Module) -> Iterator[None]:
+def noting_nothing(module: nn.Module) -> Iterator[None]:
+    """Within, batch norms of `module` use a batch's statistics and leave their own as they are."""
     norms = [part for part in module.modules() if isinstance(part, BatchNorm)]
     before = [
         (norm.momentum, None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone())

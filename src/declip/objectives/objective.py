@@ -11,6 +11,7 @@ from declip.objectives.contrastive import Contrastive
 from declip.objectives.distillation import Distillation
 from declip.objectives.masked_language import MaskedLanguage
 from declip.objectives.nearest_neighbour import NearestNeighbour
+from declip.objectives.own_scale import OwnScale
 from declip.objectives.sigmoid import Sigmoid
 from declip.objectives.simclr import SimCLR
 from declip.objectives.simsiam import SimSiam
@@ -54,7 +55,7 @@ class Objective(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keep logit scales of the terms' own in their ranges; called after each optimizer step."""
         for term in self.terms.values():
-            if isinstance(term, TokenWise | TeacherContrast):
+            if isinstance(term, OwnScale):
                 term.clamp_logit_scale()
 
 

@@ -10,12 +10,13 @@ from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
 from declip.model.heads import CrossModal
 from declip.objectives.contrastive import multi_view_infonce
+from declip.objectives.own_scale import OwnScale
 from declip.ranks import ALONE, Ranks
 
 PARTS = ("image_to_image", "image_to_text", "text_to_image", "text_to_text")
@@ -43,7 +44,7 @@ def contrast(
     return torch.stack(cells).mean()
 
 
-class TeacherContrast(nn.Module):
+class TeacherContrast(OwnScale):
     """The weighted sum of four `contrast`s: the student's image views and texts with the average's, either way.
 
     With `cross`, the student's embeddings first take up what they find in the other side's tokens of the first views
@@ -68,11 +69,10 @@ class TeacherContrast(nn.Module):
         logit_scale_init: float = 2.6593,
         logit_scale_range: tuple[float, float] = (0.0, 4.6052),
     ) -> None:
-        super().__init__()
+        super().__init__(logit_scale_init, logit_scale_range)
         self.images, self.texts, self.teacher_texts = images, tuple(texts), tuple(teacher_texts)
         self.weights, self.own_view = dict(zip(PARTS, weights, strict=True)), own_view
-        self.cross, self.mask_padding, self.logit_scale_range = cross, mask_padding, logit_scale_range
-        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale_init)))
+        self.cross, self.mask_padding = cross, mask_padding
         self.parts: dict[str, Tensor] = {}  # of the last forward pass, for the log
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
@@ -115,8 +115,3 @@ class TeacherContrast(nn.Module):
         if of == "image":
             return {(view, view) for view in range(self.images)}
         return {(self.texts.index(view), place) for place, view in enumerate(self.teacher_texts) if view in self.texts}
-
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """Keep the term's logit scale in its range; called after each optimizer step."""
-        self.logit_scale.clamp_(*self.logit_scale_range)

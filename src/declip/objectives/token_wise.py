@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from declip.data.batch import Batch
 from declip.model.dual_encoder import Features
 from declip.model.heads import TokenMappings
 from declip.model.token_similarity import MeanBestMatch
 from declip.objectives.contrastive import symmetric_cross_entropy
+from declip.objectives.own_scale import OwnScale
 from declip.ranks import ALONE, Ranks
 
 
@@ -84,7 +85,7 @@ def token_wise_infonce(
     return symmetric_cross_entropy(logit_scale * image_to_text, logit_scale * text_to_image, first=first)
 
 
-class TokenWise(nn.Module):
+class TokenWise(OwnScale):
     """Mean `token_wise_infonce` over the first `images` image views × the text views named.
 
     Patches and words are mapped to `dim` and normalised; the term has a logit scale of its own (a logarithm, kept in
@@ -104,10 +105,9 @@ class TokenWise(nn.Module):
         logit_scale_init: float = 2.6593,
         logit_scale_range: tuple[float, float] = (0.0, 4.6052),
     ) -> None:
-        super().__init__()
+        super().__init__(logit_scale_init, logit_scale_range)
         self.mappings, self.images, self.texts = mappings, images, tuple(texts)
-        self.top_k, self.mask_padding, self.logit_scale_range = top_k, mask_padding, logit_scale_range
-        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale_init)))
+        self.top_k, self.mask_padding = top_k, mask_padding
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
         if features.image_tokens is None or not set(self.texts) <= features.text_tokens.keys():
@@ -120,8 +120,3 @@ class TokenWise(nn.Module):
             mask = features.text_mask[view] if self.mask_padding else None
             cells += [token_wise_infonce(image, texts, scale, mask, self.top_k, features.ranks) for image in images]
         return torch.stack(cells).mean()
-
-    @torch.no_grad()
-    def clamp_logit_scale(self) -> None:
-        """Keep the term's logit scale in its range; called after each optimizer step."""
-        self.logit_scale.clamp_(*self.logit_scale_range)

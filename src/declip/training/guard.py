@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from declip.engine import Safety
 from declip.errors import Diverged
-from declip.safety import Safety
 from declip.training.gradients import LossScale
 
 AVERAGED = 100  # about so many losses are averaged, and among so many steps the skipped ones are counted

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from declip.data.batch import Batch
 from declip.errors import InputError, first_line
 from declip.model.dual_encoder import Features
+from declip.model.recompute import noting_nothing
 from declip.objectives.objective import Objective
 from declip.ranks import Ranks
 from declip.training.average import WeightAverage
@@ -41,11 +42,8 @@ class Step(nn.Module):
     def _by_average(self, batch: Batch, average: WeightAverage) -> dict[str, Tensor]:
         """What the average makes of the views that it is to see: embeddings [views, batch, dim], normalised."""
         term = self.objective.terms["teacher_contrast"]
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with average.applied(), autocast(batch.images.device, self.precision):
+        with noting_nothing(self.model), average.applied(), autocast(batch.images.device, self.precision):
             found: Features = self.model(batch.part(term.images, term.teacher_texts))  # type: ignore[arg-type]
-        for buffer, before in buffers:
-            buffer.copy_(before)  # batch norms keep the statistics of the weights that learn
         return {"teacher_image": found.unit_image, "teacher_text": found.unit_texts(found.text.keys())}  # type: ignore[arg-type]
 
 
