@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -17,6 +18,7 @@ from declip.model.dual_encoder import DualEncoder
 from declip.objectives.objective import build_objective
 from declip.optimization import Optimizer
 from declip.recipe import Recipe, load_recipe, parse_recipe, shipped
+from declip.training.muon import Muon, is_matrix, orthogonal
 from declip.training.optimizer import (
     batch_factor,
     build_optimizer,
@@ -109,9 +111,49 @@ def test_muon_step(tiny: MakeRecipe) -> None:
         sizes = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
         assert 0.5 < sizes.min() < sizes.max() < 1.4, name
     plain = {"clip.visual.bn1.bias", "clip.token_embedding.weight", "terms.masked_language.head.weight"}
-    for name in plain:  # of Nesterov's kind: 1 + beta of Adam's first step
-        expected = 1.9 * named[name].grad.sign()  # type: ignore[union-attr]
+    for name in plain:
+        expected = named[name].grad.sign()  # type: ignore[union-attr]
         torch.testing.assert_close(moved[name], expected, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8), (3, 8, 40), (1, 40, 8)])
+def test_orthogonal_as_timm(shape: tuple[int, ...]) -> None:
+    """The iterations on X·Xᵀ are those on X."""
+    from timm.optim.muon import _COEFFICIENTS, zeropower_via_newtonschulz
+
+    torch.manual_seed(0)
+    matrices = torch.randn(shape) * torch.logspace(0, -3, shape[-1])
+    expected = zeropower_via_newtonschulz(matrices, 5, _COEFFICIENTS["quintic"], dtype=torch.float64)
+    torch.testing.assert_close(orthogonal(matrices).double(), expected, rtol=0, atol=1e-3)
+
+
+def test_muon_as_timm() -> None:
+    """Five steps of matrices and kernels, with decay, beside timm's in bfloat16; all else beside AdamW."""
+    from timm.optim.muon import Muon as TimmMuon
+
+    torch.manual_seed(0)
+    own = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(16, 8), torch.nn.Conv2d(8, 8, 3, groups=8))
+    own[0].to(memory_format=torch.channels_last)
+    peer, plain = copy.deepcopy(own), copy.deepcopy(own)
+    start = copy.deepcopy(own)
+    options = {"lr": 0.01, "weight_decay": 0.5, "betas": (0.9, 0.98)}
+    optimizers = [
+        Muon([{"params": own.parameters()}], **options),
+        TimmMuon(peer.parameters(), nesterov=True, **options),
+        torch.optim.AdamW(plain.parameters(), **options),
+    ]
+    for _ in range(5):
+        for parameters in zip(own.parameters(), peer.parameters(), plain.parameters(), strict=True):
+            gradient = torch.randn(parameters[0].shape)
+            for parameter in parameters:
+                parameter.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for name, parameter in own.named_parameters():
+        expected = dict((peer if is_matrix(parameter) else plain).named_parameters())[name]
+        moved = expected - dict(start.named_parameters())[name]
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=0.02 * moved.abs().max().item())
+    assert [name for name, parameter in own.named_parameters() if is_matrix(parameter)] == ["0.weight", "1.weight"]
 
 
 # Rates of their own

@@ -15,6 +15,7 @@ from declip.model.parts import is_projection
 from declip.model.towers import NORMS
 from declip.optimization import Optimizer
 from declip.recipe import Recipe
+from declip.training.muon import Muon
 from declip.training.sharding import own_part
 
 EMBEDDINGS = (
@@ -24,7 +25,6 @@ EMBEDDINGS = (
 TOWERS = ("image", "text")
 LOGIT_SCALES = ("logit_scale", "logit_bias")
 VOCABULARY = "masked_language.head"  # a row for every word, as in an embedding
-MUON_MOMENTUM = 0.95  # its author's
 
 
 def parameter_groups(modules: list[nn.Module], options: Optimizer) -> list[dict[str, Any]]:
@@ -105,22 +105,14 @@ def _never_decayed(module: nn.Module) -> set[str]:
 
 
 def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim.Optimizer:
-    """Fused AdamW or Nesterov SGD, or Muon, over the modules' trainable parameters, of sharded ones this rank's parts.
-
-    Muon (Jordan et al., 2024) is timm's: Nesterov momentum, convolutions flattened to matrices, steps as large as
-    AdamW's (Liu et al., 2025, arXiv 2502.16982), so that rates are of the same order. What is no matrix takes NAdamW's.
-    """
+    """AdamW, Nesterov SGD or Muon over the modules' trainable parameters; of sharded ones this rank's parts."""
     groups = parameter_groups(modules, options)
     for group in groups:
         group["params"] = [own_part(parameter) for parameter in group["params"]]
     if options.kind == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True, fused=True)
     if options.kind == "muon":
-        from timm.optim.muon import Muon
-
-        own = {"momentum": MUON_MOMENTUM, "adjust_lr_fn": "match_rms_adamw", "conv_mode": "flatten"}
-        groups = [{**own, **group} for group in groups]
-        return Muon(groups, lr=options.lr, nesterov=True, betas=options.betas, eps=options.eps)
+        return Muon(groups, lr=options.lr, betas=options.betas, eps=options.eps)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 
