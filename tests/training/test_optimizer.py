@@ -106,8 +106,13 @@ def test_muon_step(tiny: MakeRecipe) -> None:
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     moved = {name: (before[name] - p.detach()) / recipe.optimizer.lr for name, p in named.items()}
-    for name in ("clip.text_projection", "clip.visual.layer1.0.conv2.weight", "terms.simsiam.projector.linear1.weight"):
-        step = moved[name].flatten(1)
+    whole = ("clip.text_projection", "clip.visual.layer1.0.conv2.weight", "terms.simsiam.projector.linear1.weight")
+    pool = model.clip.visual.attnpool
+    heads = {"clip.transformer.resblocks.0.attn.in_proj_weight": 3 * recipe.model.text.heads}
+    heads |= {f"clip.visual.attnpool.{part}_proj.weight": pool.num_heads for part in "qkv"}
+    steps = [(name, moved[name].flatten(1)) for name in whole]
+    steps += [(name, step) for name, count in heads.items() for step in moved[name].chunk(count)]
+    for name, step in steps:
         sizes = torch.linalg.svdvals(step) / (0.2 * max(step.shape) ** 0.5)
         assert 0.5 < sizes.min() < sizes.max() < 1.4, name
     plain = {"clip.visual.bn1.bias", "clip.token_embedding.weight", "terms.masked_language.head.weight"}

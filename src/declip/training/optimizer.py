@@ -15,7 +15,7 @@ from declip.model.parts import is_projection
 from declip.model.towers import NORMS
 from declip.optimization import Optimizer
 from declip.recipe import Recipe
-from declip.training.muon import Muon
+from declip.training.muon import Muon, attention_heads
 from declip.training.sharding import own_part
 
 EMBEDDINGS = (
@@ -112,7 +112,8 @@ def build_optimizer(modules: list[nn.Module], options: Optimizer) -> torch.optim
     if options.kind == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.momentum, nesterov=True, fused=True)
     if options.kind == "muon":
-        return Muon(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+        heads = {weight: count for module in modules for weight, count in attention_heads(module).items()}
+        return Muon(groups, lr=options.lr, betas=options.betas, eps=options.eps, heads=heads)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 
