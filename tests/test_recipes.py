@@ -14,7 +14,7 @@ from declip.training.optimizer import learning_rate
 from declip.training.pairs import total_steps
 
 OF_DECLIP = ("clip", "slip", "filip", "declip", "defilip")  # methods that its public code has
-METHODS = (*OF_DECLIP, "siglip", "cosmos")
+METHODS = (*OF_DECLIP, "siglip", "cosmos", "best")
 PUBLISHED = ("vit-b32", "vit-b16", "rn50")
 SMALL = ("", "vit-ti", "vit-s")
 # Which supervision each method has (the published table): terms beside the contrastive one.
@@ -26,6 +26,7 @@ TERMS = {
     "defilip": {"contrastive", "simsiam", "masked_language", "nearest_neighbour", "token_wise"},
     "siglip": {"sigmoid"},
     "cosmos": {"contrastive", "teacher_contrast"},
+    "best": {"contrastive"},
 }
 
 
@@ -44,7 +45,7 @@ def test_what_of_a_tower_learns_is_not_the_weights_to_say(tmp_path: Path) -> Non
 
 def test_every_method_has_every_tower() -> None:
     expected = {name(method, tower) for method in METHODS for tower in (*SMALL, *PUBLISHED)}
-    assert set(shipped()) == expected | {"declip-88m", "declip-88m-rn50", "efficientnet-lite0-minilm"}
+    assert set(shipped()) == expected | {"declip-88m", "declip-88m-rn50", "efficientnet-lite0-minilm", "best-small"}
 
 
 @pytest.mark.parametrize("tower", [*SMALL, *PUBLISHED])
@@ -56,9 +57,22 @@ def test_terms(method: str, tower: str) -> None:
     assert recipe.terms.active().keys() == TERMS[method]
     size = recipe.model.image.image_size
     assert size == 224 if tower in PUBLISHED else 64 <= size <= 128
+    if method == "best":
+        return
     assert load_recipe(name(method, tower), ["method=paper"]).terms.active().keys() == TERMS[method]
     if method != "siglip":
         assert load_recipe(name(method, tower), ["method=reference"]).terms.active().keys() == TERMS[method]
+
+
+def test_best_is_at_most_as_costly_as_declip() -> None:
+    """The same towers and views, no terms beside; nobody has published it, so that it has no presets."""
+    declip = load_recipe("declip")
+    for found in (load_recipe("best"), load_recipe("best-small")):
+        assert (found.model.image, found.model.text) == (declip.model.image, declip.model.text)
+        assert (found.image_views, len(found.text_views)) == (declip.image_views, len(declip.text_views))
+        assert found.terms.active().keys() <= declip.terms.active().keys()
+    with pytest.raises(InputError, match="has no preset method=paper"):
+        load_recipe("best", ["method=paper"])
 
 
 @pytest.mark.parametrize("tower", PUBLISHED)

@@ -31,6 +31,12 @@ MIXED = {"contrastive", "simsiam", "masked_language"}  # terms that know what a 
 class Evaluation(Section):
     every: float = Field(0.05, gt=0, le=1, description="share of the run between two held-out evaluations")
     patience: int = Field(0, ge=0, description="stop after this many evaluations without a better score; 0 = never")
+    tolerance: float = Field(
+        1.0,
+        ge=0,
+        description="of the weights whose held-out score is within so many standard errors of the best, the last are "
+        "kept: with few held-out pairs the best is chance in part, and later weights have learnt more; 0 = the best",
+    )
     max_items: int = Field(2000, gt=1, description="at most this many held-out pairs are judged during training")
     unaveraged: bool = Field(
         False, description="with optimizer.ema or ema_half_life, score the weights themselves beside their average"

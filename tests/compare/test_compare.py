@@ -128,12 +128,13 @@ def test_bad_command_lines(arguments: list[str], says: str, capsys: pytest.Captu
 
 
 def test_quick_fills_in_what_is_not_said() -> None:
-    asked = _asked(_parse(["compare", "--quick", "--seeds", "2", "--out", "out", "declip:optimizer.ema=0.9"]))
-    assert (asked.recipes, asked.judged) == (("clip", "declip"), ("demo:fluent3d",))
+    asked = _asked(_parse(["compare", "--quick", "--seeds", "2", "--out", "out"]))
+    assert (asked.recipes, asked.judged) == (("clip", "best-small"), ("demo:fluent3d",))
     assert asked.fractions == (1, Fraction(1, 4), Fraction(1, 16))
     assert (asked.seeds, asked.rates, asked.pairs_seen, asked.allow_overlap) == (2, (1.0,), 9_000, True)
-    assert asked.own["declip"][-1] == "optimizer.ema=0.9"
-    assert "caption" in asked.own["declip"][0]  # names as they are
+    other = _asked(_parse(["compare", "clip", "declip", "--quick", "--out", "out", "declip:optimizer.ema=0.9"]))
+    assert other.own["declip"][-1] == "optimizer.ema=0.9"
+    assert "caption" in other.own["declip"][0]  # names as they are
     own = _asked(_parse(["compare", "clip", "--quick", "--data", "mine.parquet", "--out", "out", "optimizer.lr=1"]))
     assert (own.recipes, own.data, own.changes, own.allow_overlap) == (
         ("clip",),

@@ -38,7 +38,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, best: float) -> list[float]:
         return mixture(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(interpolation, "mixture", noted)
-    monkeypatch.setattr(HeldOut, "score", lambda *_: {"score": -abs(asked[-1] - best) if asked else 0.0})
+    monkeypatch.setattr(HeldOut, "score", lambda *_: {"score": -abs(asked[-1] - best) if asked else 0.0, "error": 0.0})
     return asked
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from declip.compare.schedule import Told
 
 _QUICK = {
-    "recipes": ["clip", "declip"],
+    "recipes": ["clip", "best-small"],
     "data": ["demo:noto", "demo:twemoji"],
     "judged": ["demo:fluent3d"],
     "fractions": "1,1/4,1/16",

@@ -16,7 +16,7 @@ from declip.data.images import eval_view
 from declip.data.sources import BrokenPair
 from declip.data.tokenizer import CaptionTokenizer
 from declip.errors import InputError
-from declip.evaluation.retrieval import retrieval_metrics
+from declip.evaluation.retrieval import RECALL_AT, percent_within, retrieval_ranks
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise, embed_images, embed_texts
 from declip.model.image_tower import IMAGES_AT_ONCE
@@ -71,7 +71,9 @@ class HeldOut:
 
     @torch.inference_mode()
     def score(self, model: DualEncoder, device: torch.device, token_wise: TokenWise | None = None) -> dict[str, float]:
-        """Recall at 1, 5 and 10 both ways in percent, and `score`, their mean; NaN where the model gives no numbers.
+        """Recall at 1, 5 and 10 both ways in percent, `score`, their mean, and `error`, the standard error of that.
+
+        The score is NaN where the model gives no numbers.
 
         token_wise: how a model that compares tokens does it.
         """
@@ -80,10 +82,11 @@ class HeldOut:
         with autocast(device, self.precision), by_onednn(device):  # as steps are computed
             images, texts = (self._embed(model, part, device, token_wise) for part in ("image", "text"))
         model.train(was_training)
-        found = retrieval_metrics(images, texts, self.image_of_text)
-        metrics = {name: value for name, value in found.items() if not name.endswith("_median_rank")}
+        ranks = retrieval_ranks(images, texts, self.image_of_text)
+        metrics = {f"{way}_r{k}": percent_within(found, k) for way, found in ranks.items() for k in RECALL_AT}
         finite = bool(images.isfinite().all() and texts.isfinite().all())
-        return {**metrics, "score": sum(metrics.values()) / len(metrics) if finite else math.nan}
+        score = sum(metrics.values()) / len(metrics) if finite else math.nan
+        return {**metrics, "score": score, "error": score_error(ranks, self.image_of_text)}
 
     def _embed(self, model: DualEncoder, part: Part, device: torch.device, token_wise: TokenWise | None) -> Tensor:
         """Embeddings on the CPU, where comparing them costs nothing; tokens where they are, which may be a GPU."""
@@ -101,6 +104,15 @@ class HeldOut:
         else:
             found = [embed_texts(model.clip, some.to(device), self.pad, token_wise) for some in rows]
         return torch.cat(found).float().to("cpu" if token_wise is None else device)
+
+
+def score_error(ranks: dict[str, Tensor], image_of_text: Tensor) -> float:
+    """Standard error of the mean recall in percent: over images, as the texts of one are not independent."""
+    hits = {way: torch.stack([found.cpu() < k for k in RECALL_AT]).double().mean(0) for way, found in ranks.items()}
+    captioned, owner, texts = torch.unique(image_of_text, return_inverse=True, return_counts=True)
+    by_text = torch.zeros(len(captioned), dtype=torch.double).index_add_(0, owner, hits["text_to_image"]) / texts
+    each = (by_text + hits["image_to_text"]) / 2
+    return 100.0 * float(each.std(correction=0)) / math.sqrt(len(each))
 
 
 def _below(model: DualEncoder, part: Part, rows: Tensor, pad: int) -> Tensor:

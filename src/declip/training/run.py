@@ -106,7 +106,8 @@ class Run:
 
     def _forget_best(self) -> None:
         self.best_score, self.best_step, self.worse_in_a_row, self.warned = -math.inf, 0, 0, False
-        self.loss_at_best = math.inf
+        self.loss_at_best, self.error_at_best = math.inf, 0.0
+        self.kept_score, self.kept_step = -math.inf, 0
 
     def begin_step(self) -> None:
         """Before the optimizer's step."""
@@ -146,7 +147,7 @@ class Run:
         }
 
     def judge(self, log: RunLog, loss: float) -> bool:
-        """Score the held-out pairs, whether they are the best so far, and warn where the run has begun to overfit."""
+        """Score the held-out pairs, say whether the weights are to be kept, and warn where the run begins to overfit."""
         metrics = broadcast(self.score(), self.ranks)
         if metrics is None:
             return False
@@ -157,9 +158,9 @@ class Run:
         log.held_out({"step": self.step, "pairs": pairs, "seconds": seconds, "held_out": rounded})
         if metrics["score"] > self.best_score:
             self.best_score, self.best_step = metrics["score"], self.step
-            self.worse_in_a_row, self.loss_at_best = 0, loss
-            return True
-        self.worse_in_a_row += 1
+            self.worse_in_a_row, self.loss_at_best, self.error_at_best = 0, loss, metrics["error"]
+        else:
+            self.worse_in_a_row += 1
         if self.worse_in_a_row >= 3 and loss < self.loss_at_best and not self.warned:
             self.warned = True
             log.say(
@@ -168,7 +169,10 @@ class Run:
                 "weights are kept; train for fewer epochs, or add pairs or supervision.",
                 style="yellow",
             )
-        return False
+        if metrics["score"] < self.best_score - self.recipe.evaluation.tolerance * self.error_at_best:
+            return False
+        self.kept_score, self.kept_step = metrics["score"], self.step
+        return True
 
     def score(self) -> dict[str, float] | None:
         """The held-out pairs' metrics, on rank 0 alone."""
@@ -290,6 +294,7 @@ class Run:
     _PROGRESS = (
         *("step", "seconds", "peak_memory", "roll_backs", "rate_factor", "rolled_to"),
         *("best_score", "best_step", "worse_in_a_row", "loss_at_best", "warned"),
+        *("error_at_best", "kept_score", "kept_step"),
     )
 
     def roll_back(self, divergence: str, log: RunLog) -> None:
@@ -326,8 +331,8 @@ class Run:
             "seconds": round(self.seconds, 2),
             "samples_per_second": round(pairs_seen / max(self.seconds, 1e-9), 1),
             "peak_memory_gb": round(self.peak_memory / 2**30, 2),
-            "held_out_score": None if self.held_out is None else round(self.best_score, 2),
-            "best_step": self.best_step,
+            "held_out_score": None if self.held_out is None else round(self.kept_score, 2),
+            "best_step": self.kept_step,
             "broken": len(self.broken),
             "skipped": self.guard.skipped,
             "roll_backs": self.roll_backs,
