@@ -1,9 +1,9 @@
-"""What a pair is worth: CLIP and DeCLIP on fractions of the pairs, three seeds each.
+"""What a pair is worth: CLIP, DeCLIP and `best-small` on fractions of the pairs, three seeds each.
 
     python benchmarks/data_efficiency.py --sets emoji --check           # an artist nobody trained on; hours
     python benchmarks/data_efficiency.py --sets concepts flickr8k       # concepts nobody trained on; photos
     python benchmarks/data_efficiency.py --sets pretrained --weights W --text T   # from pretrained towers
-    python benchmarks/data_efficiency.py --sets emoji --study parts     # each term of DeCLIP off and alone, a quarter
+    python benchmarks/data_efficiency.py --sets emoji --study parts     # what each part of best-small adds, a quarter
     python benchmarks/data_efficiency.py --sets emoji --study views     # which augmentations help and which hurt
 
 The learning rate of every method is searched, the weights of every run are those that were best on pairs held out of
@@ -22,11 +22,11 @@ from typing import Any
 
 from declip.demo import NAMES_AS_THEY_ARE
 
-METHODS = ["clip", "declip"]
+METHODS = ["clip", "declip", "best-small"]
 BEST = METHODS[-1]
 NAMES = [f"declip:{change.replace(' ', '')}" for change in NAMES_AS_THEY_ARE]
 PHOTOS = ["data.images.flip=0.5"]  # photos may be mirrored; of emoji, arrows and hands may not
-WANTED = {"declip": 1.5, "efficientnet-lite0-minilm": 13.0}
+WANTED = {"declip": 1.5, "best-small": 3.0, "efficientnet-lite0-minilm": 13.0}
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,21 @@ SETS = {
         ["--no-equal-compute"],
     ),
 }
+PARTS = [
+    "optimizer.kind=adamw optimizer.lr=1e-3",
+    'terms.contrastive.images=1 terms.contrastive.texts=["single"]',
+    'terms.contrastive.images=2 terms.contrastive.texts=["single"]',
+    "evaluation.tolerance=0",
+    "optimizer.ema_half_life=0.05",
+    "optimizer.weight_decay=0",
+    "model.image.drop_path=0.1 model.text.drop_path=0.1",
+    "data.mix=0.3",
+    "terms.simsiam.weight=0.05 terms.simsiam.width=256 terms.simsiam.bottleneck=64",
+    "terms.masked_language.weight=0.1 terms.masked_language.vocabulary=used",
+    'terms.nearest_neighbour.weight=0.1 terms.nearest_neighbour.texts=["single"] terms.nearest_neighbour.queue_size=4096',
+    'optimizer.ema_half_life=0.05 terms.teacher_contrast.texts=["single","single_2"]',
+]
+"""What is left out of best-small, or put in, one at a time."""
 VIEWS = [
     "data.images.jitter=0",
     "data.images.hue=0.1",
@@ -83,10 +98,9 @@ def command(name: str, args: argparse.Namespace) -> list[str]:
     line += ["--seeds", str(args.seeds), "--pairs-seen", str(args.pairs), "--out", str(args.work / name)]
     if args.study == "curves":
         return [*line, "--fractions", args.fractions]
-    rows = ["--ablate", BEST]
-    if args.study == "views":
-        rows = [option for change in VIEWS for option in ("--variant", f"{BEST} {change}")]
-    return [*line, "--fractions", "1/4", "--no-equal-compute", *rows]
+    changes = PARTS if args.study == "parts" else VIEWS
+    rows = [option for change in changes for option in ("--variant", f"{BEST} {change}")]
+    return [*line, "--fractions", "1/4", "--rates", "1", "--no-equal-compute", *rows]
 
 
 def missed(name: str, result: dict[str, Any]) -> list[str]:
@@ -116,7 +130,7 @@ def main() -> int:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["emoji"], help="what is trained and judged on")
     parser.add_argument("--study", choices=("curves", "parts", "views"), default="curves")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--pairs", type=int, default=96_000, help="seen by each run (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=48_000, help="seen by each run (%(default)s)")
     parser.add_argument("--fractions", default="1,1/2,1/4,1/8,1/16", help="(%(default)s)")
     parser.add_argument("--shared", default="../shared", help="folder that holds data/flickr8k_*.parquet")
     parser.add_argument("--weights", default="", help="EfficientNet-Lite0's weight file")

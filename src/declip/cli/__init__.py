@@ -159,7 +159,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _add_demo(commands: Any) -> None:
-    about = "train DeCLIP and CLIP side by side on embedded pairs, judge both on unseen pictures, write a report"
+    about = "train CLIP and what wins on few pairs on embedded pairs, judge both on unseen pictures, write a report"
     parser = command(commands, "demo", _demo, about, "declip demo --out demo-run --minutes 10")
     parser.add_argument(
         "--out", type=folder, default="demo-run", metavar="DIR", help="folder for the runs and the report (%(default)s)"

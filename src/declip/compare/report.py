@@ -103,9 +103,10 @@ def _title(result: dict[str, Any]) -> str:
 
 def _intro(prepared: Prepared, result: dict[str, Any]) -> str:
     seeds = f"{result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
-    most = max(result["pairs"].values())
+    most, count = max(result["pairs"].values()), len(result["pairs"])
+    fractions = f"{count} nested fractions" if count > 1 else "one fraction"
     return (
-        f"{len(prepared.methods)} methods on {len(result['pairs'])} nested fractions of {most:,} pairs, {seeds}. "
+        f"{', '.join(escape(method.name) for method in prepared.methods)} on {fractions} of {most:,} pairs, {seeds}. "
         f"Quality is {result['metric']}, on pairs that nothing was trained on or chosen by; the weights of every run "
         f"and all learning rates were chosen on {result['held_out']:,} other pairs, held out of training."
     )
@@ -200,7 +201,7 @@ def _compute(models: Models, prepared: Prepared, ran: Sequence[Ran], result: dic
     judged = next(iter(result["judged"]))
     charts = []
     for fraction in dict.fromkeys((max(prepared.pairs), min(prepared.pairs))):
-        for what, value in (("FLOPs of the towers", _flops), ("seconds of training", _seconds)):
+        for what, value in (("TFLOP of the towers", _teraflop), ("seconds of training", _seconds)):
             points = {
                 name: _by_length(ran, name, fraction, judged, result["metric_name"], value) for name in models.names
             }
@@ -224,8 +225,8 @@ def _compute(models: Models, prepared: Prepared, ran: Sequence[Ran], result: dic
     return Section("Quality against compute", note, body)
 
 
-def _flops(one: Ran) -> float:
-    return one.flops
+def _teraflop(one: Ran) -> float:
+    return one.flops / 1e12
 
 
 def _seconds(one: Ran) -> float:

@@ -126,7 +126,7 @@ def _facts(prepared: Prepared, summary: dict[str, Any]) -> list[tuple[str, str]]
     """Data, plan and outcome for the report's last section."""
     facts = [("model", prepared.asked.model), ("data", ", ".join(prepared.recipe.data.train)), *prepared.rows]
     facts += [(row["path"], f"{shown(row['value'])}: {row['reason']}") for row in prepared.plan]
-    facts.append(("steps", f"{summary['steps']:,}, the best held-out score at step {summary['best_step']:,}"))
+    facts.append(("steps", f"{summary['steps']:,}; the weights of step {summary['best_step']:,} are kept"))
     if "trained_share" in summary:
         facts.append(("kept of what was trained", f"{summary['trained_share']:.0%}, the rest as at the start"))
     return [*facts, ("declip", declip.__version__)]

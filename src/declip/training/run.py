@@ -147,7 +147,7 @@ class Run:
         }
 
     def judge(self, log: RunLog, loss: float) -> bool:
-        """Score the held-out pairs, say whether the weights are to be kept, and warn where the run begins to overfit."""
+        """Score the held-out pairs, say whether to keep the weights, and warn where the run begins to overfit."""
         metrics = broadcast(self.score(), self.ranks)
         if metrics is None:
             return False
