@@ -69,7 +69,8 @@ PARTS = [
     "data.mix=0.3",
     "terms.simsiam.weight=0.05 terms.simsiam.width=256 terms.simsiam.bottleneck=64",
     "terms.masked_language.weight=0.1 terms.masked_language.vocabulary=used",
-    'terms.nearest_neighbour.weight=0.1 terms.nearest_neighbour.texts=["single"] terms.nearest_neighbour.queue_size=4096',
+    "terms.nearest_neighbour.weight=0.1 terms.nearest_neighbour.queue_size=4096 "
+    'terms.nearest_neighbour.texts=["single"]',
     'optimizer.ema_half_life=0.05 terms.teacher_contrast.texts=["single","single_2"]',
 ]
 """What is left out of best-small, or put in, one at a time."""
