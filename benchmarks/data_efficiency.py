@@ -43,7 +43,7 @@ class Set:
 SETS = {
     # Six keycaps and signs of the third artist look much like another's; that is reported.
     "emoji": Set(["demo:noto", "demo:twemoji"], ["demo:fluent3d"], NAMES, options=["--allow-overlap"]),
-    "concepts": Set(["demo:noto", "demo:twemoji"], [], NAMES, options=["--allow-overlap"]),
+    "concepts": Set(["demo:noto", "demo:twemoji"], [], NAMES, options=["--key", "codepoint"]),
     "flickr8k": Set(["{shared}/data/flickr8k_train.parquet"], ["{shared}/data/flickr8k_dev.parquet"], PHOTOS),
     "pretrained": Set(
         ["{shared}/data/flickr8k_train.parquet"],

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import pair, write_pairs
 
+from declip.cli import main
 from declip.compare.grid import Asked, batch_for, parse_fractions, rate_between, rated, term_changes
 from declip.compare.prepare import Prepared, prepare
 from declip.compare.run import grid_cells, plan
@@ -188,11 +189,11 @@ def test_two_recipes_of_one_name_are_refused(asked: Callable[..., Asked]) -> Non
         prepare(asked(recipes=(one, one)))
 
 
-def test_a_folder_of_something_else_is_left_alone(asked: Callable[..., Asked], tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years")
-    with pytest.raises(InputError, match="holds files that are no comparison's"):
-        prepare(asked())
+    assert main(["compare", "--quick", "--out", str(tmp_path / "out")]) == 2
+    assert "holds files that are no comparison's" in capsys.readouterr().err
 
 
 def test_a_plan_counts_cells_and_writes_nothing(asked: Callable[..., Asked], tmp_path: Path) -> None:

@@ -123,10 +123,12 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
 
 def _compare(args: argparse.Namespace) -> dict[str, Any]:
     asked = _asked(args)
-    from declip.compare.prepare import prepare
+    from declip.compare.prepare import check_folder, prepare
     from declip.compare.run import compare, plan
     from declip.progress import progress_bar
 
+    if args.out is not None:
+        check_folder(asked.out)
     with progress_bar() as progress:
         prepared = prepare(asked, progress)
     planned = plan(prepared)

@@ -89,7 +89,6 @@ def prepare(asked: Asked, progress: Progress | None = None) -> Prepared:
     methods = asked.methods()
     extras = asked.extras(methods)
     recipes = {m.name: recipe_of(asked, m, Fraction(1), 0, 1, None) for m in [*methods, *extras]}
-    check_folder(asked.out)
     base = recipes[methods[0].name]
     for name, recipe in recipes.items():
         for split in _SPLITS:
