@@ -131,7 +131,8 @@ def test_quick_fills_in_what_is_not_said() -> None:
     asked = _asked(_parse(["compare", "--quick", "--seeds", "2", "--out", "out"]))
     assert (asked.recipes, asked.judged) == (("clip", "best-small"), ("demo:fluent3d",))
     assert asked.fractions == (1, Fraction(1, 4), Fraction(1, 16))
-    assert (asked.seeds, asked.rates, asked.pairs_seen, asked.allow_overlap) == (2, (1.0,), 9_000, True)
+    assert (asked.seeds, asked.rates, asked.pairs_seen, asked.allow_overlap) == (2, (1.0,), 13_000, True)
+    assert not asked.equal_compute
     other = _asked(_parse(["compare", "clip", "declip", "--quick", "--out", "out", "declip:optimizer.ema=0.9"]))
     assert other.own["declip"][-1] == "optimizer.ema=0.9"
     assert "caption" in other.own["declip"][0]  # names as they are
