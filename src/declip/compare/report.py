@@ -123,9 +123,14 @@ class _Axis:
         return _SIDE + math.log2(value / self.first)
 
     def options(self) -> dict[str, Any]:
+        width = self.at(self.ticks[-1]) + _SIDE
+        shown: list[float] = []
+        for tick in self.ticks:
+            if not shown or self.at(tick) - self.at(shown[-1]) > width / 8:  # or their numbers would overlap
+                shown.append(tick)
         return {
-            "x_max": self.at(self.ticks[-1]) + _SIDE,
-            "x_ticks": [(self.at(tick), self.text(tick)) for tick in self.ticks],
+            "x_max": width,
+            "x_ticks": [(self.at(tick), self.text(tick)) for tick in shown],
             "noisy": False,
             "from_zero": True,
             "number": "{:.1f}".format,
@@ -209,14 +214,12 @@ def _compute(models: Models, prepared: Prepared, ran: Sequence[Ran], result: dic
             if not values:
                 continue
             axis = _Axis(values, compact)
-            few = sorted(set(values))[:: max(1, len(set(values)) // 4)]
             lines = [
                 Line(name, number, [(axis.at(x), y) for x, y in points[name]])
                 for number, name in enumerate(models.names)
             ]
-            options = axis.options() | {"x_ticks": [(axis.at(x), compact(x)) for x in few]}
             title = f"{prepared.pairs[fraction]:,} pairs"
-            charts.append(line_chart(title, f"{judged}, over {what}", lines, width=500, x_name=what, **options))
+            charts.append(line_chart(title, f"{judged}, over {what}", lines, width=500, x_name=what, **axis.options()))
     body = f'<div class="charts two">{"".join(charts)}</div>' if charts else ""
     note = (
         "Every length that was run. Operations of the towers are counted, forward and backward, for all views of a "
@@ -311,10 +314,10 @@ def _learning(models: Models, prepared: Prepared, ran: Sequence[Ran]) -> Section
 def _runs(models: Models, result: dict[str, Any]) -> Section:
     """What overfits when, and how good the neighbours are."""
     judged = next(iter(result["judged"]))
+    own = [line for line in result["lines"] if (line["judged"], line["view"]) == (judged, "pairs seen")]
+    matching = any(point.get("neighbour_matches") is not None for line in own for point in line["points"])
     rows = []
-    for line in result["lines"]:
-        if (line["judged"], line["view"]) != (judged, "pairs seen"):
-            continue
+    for line in own:
         for point in line["points"]:
             matches = point.get("neighbour_matches")
             rows.append(
@@ -326,18 +329,21 @@ def _runs(models: Models, result: dict[str, Any]) -> Section:
                     f"{point['held_out']:.1f}",
                     f"{point['best_at']:.0%}",
                     f"{point['last_of_best']:.0%}",
-                    "–" if matches is None else f"{matches:.0%}",
+                    *(["–" if matches is None else f"{matches:.0%}"] if matching else []),
                     str(len(point["by_seed"])) + (f", {point['diverged']} diverged" if point["diverged"] else ""),
                 ]
             )
     head = (
-        *("Method", "Pairs", "Pairs seen", "Seconds", "Best held-out score", "Reached after", "Left at the end"),
-        *("Neighbours that match", "Seeds"),
+        *("Method", "Pairs", "Pairs seen", "Seconds", "Held-out best", "Reached after", "Left at the end"),
+        *(("Neighbours that match",) if matching else ()),
+        "Seeds",
     )
-    note = (
-        "A run that reaches its best score early and has little of it left at the end overfits. Neighbours match where "
-        "the caption that a nearest-neighbour term found is of a pair with a caption in common."
-    )
+    note = "A run that reaches its best score early and has little of it left at the end overfits."
+    if matching:
+        note += (
+            " Neighbours match where the caption that a nearest-neighbour term found is of a pair with a caption in "
+            "common."
+        )
     return Section("What overfits when", note, _table(head, rows) if rows else "")
 
 
