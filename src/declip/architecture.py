@@ -13,7 +13,7 @@ IMAGENET = "imagenet"
 """Stands for the names of ImageNet's 1,000 classes."""
 Tune = Literal["all", "last", "lora", "biases", "projection", "nothing"]
 OURS = frozenset(
-    {"init", "classes", "tune", "tune_layers", "lora_rank", "views_kept", "kept", "drop_path"}
+    {"init", "classes", "tune", "tune_layers", "lora_rank", "views_kept", "kept", "drop_path", "dropout"}
 )  # fields that are no words of open_clip's
 
 
@@ -38,6 +38,9 @@ class _Tower(Section):
         lt=1,
         description="in training, probability that the last block's branches are left out for a row; in a line less "
         "towards the first (stochastic depth)",
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="in training, share of the numbers that are left out of what each branch adds"
     )
 
 

@@ -131,6 +131,9 @@ class NearestNeighbour(Term):
         description="the text views that enter the queue; not set: those whose neighbours are sought",
     )
     queue_size: int = Field(65536, gt=0, description="how many text embeddings the queue holds")
+    top_k: int = Field(
+        1, gt=0, description="how many neighbours of each text the image is to match, each by a loss of its own"
+    )
     exclude_own: bool = Field(
         True, description="a sample never finds itself or its own other captions (the code does not exclude them)"
     )
@@ -140,6 +143,12 @@ class NearestNeighbour(Term):
     random_start: bool = Field(
         False, description="fill the queue with random directions and search them at once, as the code does"
     )
+
+    @model_validator(mode="after")
+    def _there_are_as_many(self) -> NearestNeighbour:
+        if self.top_k > self.queue_size:
+            raise ValueError(f"top_k = {self.top_k} are more neighbours than queue_size = {self.queue_size} holds")
+        return self
 
 
 class TeacherContrast(Term):

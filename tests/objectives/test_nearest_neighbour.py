@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from made import batch, cosine, features
 from torch import Tensor
 from torch.nn import functional as F
 
+from declip.errors import InputError
 from declip.model.dual_encoder import Features
 from declip.objectives.nearest_neighbour import EMPTY, NearestNeighbour
+from declip.recipe import load_recipe
 
 Queue = list[tuple[Tensor, int]]  # (unit text embedding, sample id)
 
@@ -22,17 +25,25 @@ def entries(term: NearestNeighbour) -> Queue:
     return [(entry, sample) for entry, sample in pairs if sample != EMPTY]
 
 
-def nearest(queue: Queue, text: Tensor, sample: int, exclude_own: bool) -> int:
-    """The row of the most similar entry."""
+def nearest(queue: Queue, text: Tensor, sample: int, exclude_own: bool, place: int = 0) -> int:
+    """The row of the most similar entry, or of the one at a later place in that order."""
     allowed = [row for row, (_, owner) in enumerate(queue) if not (exclude_own and owner == sample)]
-    return max(allowed, key=lambda row: cosine(queue[row][0], text))
+    return sorted(allowed, key=lambda row: -cosine(queue[row][0], text))[place]
 
 
-def naive(made: Features, queue: Queue, samples: list[int], images: int, texts: list[str], exclude_own: bool) -> float:
+def naive(
+    made: Features,
+    queue: Queue,
+    samples: list[int],
+    images: int,
+    texts: list[str],
+    exclude_own: bool,
+    top_k: int = 1,
+) -> float:
     """Each image against its text's neighbour (positive) and the other texts' neighbours (negatives)."""
     scale, losses = float(made.logit_scale.detach()), []
-    for view in texts:
-        found = [nearest(queue, made.text[view][i], sample, exclude_own) for i, sample in enumerate(samples)]
+    for view, place in product(texts, range(top_k)):
+        found = [nearest(queue, made.text[view][i], sample, exclude_own, place) for i, sample in enumerate(samples)]
         for image in made.image[:images]:
             for i, sample in enumerate(samples):
                 negatives = [found[j] for j in range(len(samples)) if j != i]
@@ -43,11 +54,12 @@ def naive(made: Features, queue: Queue, samples: list[int], images: int, texts: 
     return sum(losses) / len(losses)
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("exclude_own", [True, False])
 @pytest.mark.parametrize(("images", "texts"), [(2, ["caption", "augmented"]), (1, ["masked"])])
-def test_like_naive(images: int, texts: list[str], exclude_own: bool) -> None:
+def test_like_naive(images: int, texts: list[str], exclude_own: bool, top_k: int) -> None:
     """Few samples that come back again and again, so that own entries and shared neighbours abound."""
-    term = NearestNeighbour(8, 14, images, texts, exclude_own=exclude_own)
+    term = NearestNeighbour(8, 14, images, texts, exclude_own=exclude_own, top_k=top_k)
     generator = torch.Generator().manual_seed(0)
     for step in range(8):
         samples = torch.randperm(7, generator=generator)[:5].tolist()
@@ -56,7 +68,7 @@ def test_like_naive(images: int, texts: list[str], exclude_own: bool) -> None:
         if step == 0:
             assert loss == 0
         else:
-            assert loss == pytest.approx(naive(made, queue, samples, images, texts, exclude_own), rel=1e-5), step
+            assert loss == pytest.approx(naive(made, queue, samples, images, texts, exclude_own, top_k), rel=1e-5), step
 
 
 @pytest.mark.parametrize("exclude_own", [True, False])
@@ -67,11 +79,26 @@ def test_a_sample_finds_itself_only_where_that_is_allowed(exclude_own: bool) -> 
     # The second caption is the nearest to the first of the same sample, after that one itself.
     texts = torch.cat([F.normalize(made.text[view].detach(), dim=-1) for view in term.texts])
     ids = samples.sample_ids.repeat(2)
-    rows, found = term._search(texts, ids)
+    rows, found = (part[:, 0] for part in term._search(texts, ids))
     assert found.all()
     assert (term.queue_ids[rows] == ids).any() == (not exclude_own)
     if not exclude_own:
         torch.testing.assert_close(term.queue[rows], texts)
+
+
+def test_more_neighbours_than_the_queue_holds_are_refused() -> None:
+    with pytest.raises(InputError, match="top_k = 5 are more neighbours than queue_size = 4 holds"):
+        load_recipe("declip", ["terms.nearest_neighbour.top_k=5", "terms.nearest_neighbour.queue_size=4"])
+
+
+def test_where_fewer_are_there_the_others_are_not_found() -> None:
+    """Three neighbours wanted; two entries, one of which is the first sample's own."""
+    term, samples = NearestNeighbour(8, 4, 1, ["caption"], top_k=3), batch([0, 1, 2])
+    term.queue[:2], term.queue_ids[:2] = F.normalize(torch.eye(8)[:2] + 0.1, dim=-1), torch.tensor([0, 7])
+    loss = term(features(batch=3), samples)
+    assert loss.isfinite()
+    assert term.found is not None
+    assert term.found[1].tolist() == [[True] * 3, [False, True, True], [False] * 3]
 
 
 def test_own_other_captions_are_excluded_too() -> None:
@@ -79,8 +106,8 @@ def test_own_other_captions_are_excluded_too() -> None:
     term.queue[:3] = F.normalize(torch.tensor([[1.0, 0.1], [1.0, 0.2], [0.0, 1.0]]), dim=-1)
     term.queue_ids[:3] = torch.tensor([7, 7, 8])
     rows, found = term._search(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([7, 9]))
-    assert rows.tolist() == [2, 0]
-    assert found.tolist() == [True, True]
+    assert rows.tolist() == [[2], [0]]
+    assert found.tolist() == [[True], [True]]
 
 
 def test_sample_with_nothing_but_its_own_in_the_queue_is_left_out() -> None:

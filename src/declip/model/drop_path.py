@@ -1,4 +1,4 @@
-"""Stochastic depth: in training, branches of a tower's blocks are left out at random, a row at a time."""
+"""Stochastic depth and dropout: in training, branches of a tower's blocks, or numbers of them, are left out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip.errors import InputError
@@ -22,15 +23,33 @@ def add_drop_path(tower: nn.Module, part: Part, rate: float) -> None:
     is left out (Huang et al. 2016, arXiv:1603.09382; the line over the depth is theirs too).
     Raises InputError where the tower has no such blocks.
     """
-    blocks: list[Any] = [module for module in tower.modules() if type(module).__name__ in _BRANCHES]
-    if not blocks:
-        raise InputError(
-            f"model.{part}.drop_path: only open_clip's own transformers and ResNets leave blocks out so; for timm's "
-            "networks say model.image.timm_drop_path."
-        )
+    blocks = _blocks(tower, part, "drop_path")
     for number, block in enumerate(blocks, start=1):
         for name in _BRANCHES[type(block).__name__]:
             getattr(block, name).register_forward_hook(_leave_out(rate * number / len(blocks)))
+
+
+def add_dropout(tower: nn.Module, part: Part, rate: float) -> None:
+    """Set numbers of every branch to zero with probability `rate`, before it is added (Vaswani et al. 2017, §5.4).
+
+    Raises InputError where the tower has no such blocks.
+    """
+    for block in _blocks(tower, part, "dropout"):
+        for name in _BRANCHES[type(block).__name__]:
+            getattr(block, name).register_forward_hook(
+                lambda module, _, branch: F.dropout(branch, rate) if module.training else None
+            )
+
+
+def _blocks(tower: nn.Module, part: Part, asked: str) -> list[Any]:
+    blocks: list[Any] = [module for module in tower.modules() if type(module).__name__ in _BRANCHES]
+    if not blocks:
+        instead = "timm_drop_path" if asked == "drop_path" else "timm_drop"
+        raise InputError(
+            f"model.{part}.{asked}: only open_clip's own transformers and ResNets leave blocks out so; for timm's "
+            f"networks say model.image.{instead}."
+        )
+    return blocks
 
 
 def _leave_out(rate: float) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:

@@ -8,7 +8,8 @@ from torch import nn
 
 from declip.architecture import OURS, Model
 from declip.errors import InputError, first_line
-from declip.model.drop_path import add_drop_path
+from declip.model.drop_path import add_drop_path, add_dropout
+from declip.model.parts import Part
 
 Towers: TypeAlias = Any  # open_clip's CLIP, which holds its text tower's parts itself, or its CustomTextCLIP
 
@@ -76,15 +77,22 @@ def build_towers(model: Model) -> Towers:
         raise InputError(f"model: open_clip cannot build these towers: {first_line(error)}.") from None
     if model.patch_dropout and not patch_dropouts(clip):
         raise InputError("model.patch_dropout: this image tower has no patches to leave out, only a ViT has.")
-    if model.image.drop_path:
-        add_drop_path(clip.visual, "image", model.image.drop_path)
-    if model.text.drop_path:
-        add_drop_path(clip.transformer if hasattr(clip, "transformer") else clip.text, "text", model.text.drop_path)
+    _leave_out(clip, model)
     if model.freeze_patch_embedding and "timm_model_name" in vision:
         raise InputError("model.freeze_patch_embedding: only open_clip's own ViT can be trained so, not a timm tower.")
     if model.freeze_patch_embedding and isinstance(clip.visual, VisionTransformer):  # a ResNet has no patches
         clip.visual.conv1.weight.requires_grad_(False)
     return clip
+
+
+def _leave_out(clip: Towers, model: Model) -> None:
+    text = clip.transformer if hasattr(clip, "transformer") else clip.text
+    parts: list[tuple[Part, Any, Any]] = [("image", clip.visual, model.image), ("text", text, model.text)]
+    for part, tower, options in parts:
+        if options.drop_path:
+            add_drop_path(tower, part, options.drop_path)
+        if options.dropout:
+            add_dropout(tower, part, options.dropout)
 
 
 def patch_dropouts(clip: Towers) -> list[Any]:

@@ -42,6 +42,7 @@ class NearestNeighbour(nn.Module):
     enqueue: the text views that enter the ring, where not those whose neighbours are sought
     exclude_own: entries of the same sample are no neighbours, and a neighbour that belongs to the image's own sample,
         or is its own positive again, is no negative. Small sets are full of both; the reference excludes neither.
+    top_k: so many entries are neighbours of a text, each of which is the positive of a loss of its own
     random_start: the ring starts full of random directions, as in the reference; otherwise the term is 0 until there
         is something to find.
     per_rank: with several ranks, each has a ring of its own, which its own texts enter, as in the reference; otherwise
@@ -62,8 +63,10 @@ class NearestNeighbour(nn.Module):
         random_start: bool = False,
         enqueue: Sequence[str] | None = None,
         per_rank: bool = False,
+        top_k: int = 1,
     ) -> None:
         super().__init__()
+        self.top_k = top_k
         self.per_rank = per_rank
         self.own_buffers = ("queue", "queue_ids", "pointer") if per_rank else ()  # that differ from rank to rank
         self.enqueue = tuple(texts if enqueue is None else enqueue)
@@ -73,7 +76,7 @@ class NearestNeighbour(nn.Module):
         # Random directions belong to no sample: -2 is no id, and not empty either.
         self.register_buffer("queue_ids", torch.full((queue_size,), -2 if random_start else EMPTY))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
-        self.found: tuple[Tensor, Tensor] | None = None  # what `_search` gave last, [text views, batch] each
+        self.found: tuple[Tensor, Tensor] | None = None  # what `_search` gave last: [text views × top_k, batch]
 
     def forward(self, features: Features, batch: Batch) -> Tensor:
         images, texts = features.unit_image[: self.images], features.unit_texts(self.texts)
@@ -99,7 +102,7 @@ class NearestNeighbour(nn.Module):
         """
         texts = texts.detach()
         rows, found = self._search(texts.flatten(0, 1), sample_ids.repeat(len(texts)))
-        rows, found = (torch.unflatten(x, 0, (len(texts), -1)) for x in (rows, found))
+        rows, found = (torch.unflatten(x, 0, (len(texts), -1)).movedim(-1, 1).flatten(0, 1) for x in (rows, found))
         self.found = rows, found
         found_by_all = self._of_all_ranks(rows, found, ranks)
         # Of all that were found, wherever: a rank may have found none.
@@ -127,14 +130,18 @@ class NearestNeighbour(nn.Module):
 
     @torch.no_grad()
     def _search(self, texts: Tensor, sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The row of the queue most like each text, and whether there is one: [texts, dim] -> int64, bool [texts]."""
-        rows, found = torch.empty_like(sample_ids), torch.empty_like(sample_ids, dtype=torch.bool)
+        """The rows of the queue most like each text, and whether there are: [texts, dim] -> [texts, top_k] each."""
+        rows = sample_ids.new_empty(len(sample_ids), self.top_k)
+        found = torch.empty_like(rows, dtype=torch.bool)
         for part in chunks(len(texts), len(self.queue), texts):
             similarity = texts[part] @ self.queue.T
             similarity.masked_fill_(self.queue_ids == EMPTY, float("-inf"))
             if self.exclude_own:
                 similarity.masked_fill_(sample_ids[part, None] == self.queue_ids, float("-inf"))
-            best, rows[part] = similarity.max(dim=-1)
+            if self.top_k == 1:
+                best, rows[part] = similarity.max(dim=-1, keepdim=True)
+            else:
+                best, rows[part] = similarity.topk(self.top_k, dim=-1)
             found[part] = best != float("-inf")
         return rows, found
 

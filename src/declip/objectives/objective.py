@@ -104,9 +104,8 @@ def _build_term(
             return MaskedLanguage(model.text.width, vocabulary, used_tokens if options.vocabulary == "used" else None)
         case "nearest_neighbour":
             queue = options.queue_size, options.images, options.texts
-            return NearestNeighbour(
-                model.dim, *queue, options.exclude_own, options.random_start, options.enqueue, options.queue_per_rank
-            )
+            how = options.exclude_own, options.random_start, options.enqueue, options.queue_per_rank, options.top_k
+            return NearestNeighbour(model.dim, *queue, *how)
         case "teacher_contrast":
             cross = (
                 CrossModal(model.image_token_width, model.text.width, model.dim) if options.cross_attention else None
