@@ -106,7 +106,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def test_the_start_teaches(tiny: MakeRecipe, tmp_path: Path) -> None:
     declip.train(tiny("clip"), tmp_path / "start", quiet=True)
     init = [f"model.init={str(tmp_path / 'start')!r}", "data.images.crop_scale=[1.0,1.0]", "data.images.flip=0"]
-    rate = ["optimizer.lr=0.01", "schedule.pairs_seen=160"]
+    rate = ["optimizer.lr=0.01", "schedule.pairs_seen=160", "engine.explosion=0"]  # a weight of 30 begins with a jump
     ends = {}
     for weight in (0.01, 30.0):
         recipe = tiny("clip", *init, *rate, *term("start", f"weight={weight}"))
