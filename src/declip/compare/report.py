@@ -43,13 +43,14 @@ def said_factor(factor: dict[str, Any] | None) -> str:
 
 
 def views_of(result: dict[str, Any], judged: str) -> list[View]:
-    """The views that a set's lines have; where nothing was to be chosen two are of the same runs, and one is enough."""
+    """The views that a set's lines have, one of those that are of the same runs, and none of the base alone."""
+    several = len({line["method"] for line in result["lines"]}) > 1
     seen: list[Any] = []
     found: list[View] = []
     for view in VIEWS:
         own = [line for line in result["lines"] if (line["judged"], line["view"]) == (judged, view)]
         runs = [(line["method"], [(p["fraction"], p["pairs_seen"]) for p in line["points"]]) for line in own]
-        if runs not in seen:
+        if runs not in seen and not (several and len(own) == 1):
             found.append(view)
         seen.append(runs)
     return found
