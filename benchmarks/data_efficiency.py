@@ -147,6 +147,8 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         results[name] = json.loads(done.stdout)
+        if "factors" not in results[name]:  # stopped by a signal: what is finished is kept
+            return 1
         if args.study == "curves":
             problems += missed(name, results[name])
     for problem in problems:
