@@ -76,7 +76,7 @@ PARTS = [
 """What is left out of best-small, or put in, one at a time."""
 VIEWS = [
     "data.images.jitter=0",
-    "data.images.hue=0.1",
+    "data.images.hue=0.03",
     "data.images.grayscale=0.2",
     "data.images.blur=0.5",
     "data.images.flip=0.5",

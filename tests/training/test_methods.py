@@ -44,7 +44,8 @@ def smaller(method: str, *more: str) -> Recipe:
     return load_recipe(method, [*SMALLER, "model.image.width=8", *heads, *more])
 
 
-PRESETS = [(method, preset) for method in METHODS for preset in ("best", "paper", "reference")][:-2]  # best has none
+PRESETS = [(method, preset) for method in METHODS for preset in ("best", "paper", "reference")]
+PRESETS = [pair for pair in PRESETS if pair[0] != "best" or pair[1] == "best"]  # that recipe has none
 
 
 @pytest.mark.parametrize(("method", "preset"), [pair for pair in PRESETS if pair != ("siglip", "reference")])

@@ -21,8 +21,7 @@ class Guard:
 
     A skipped step leaves no trace in weights, optimizer, batch norm or queue. On CUDA all of it happens on the device:
     fused optimizers take no step where `found_inf` is 1, and what became of a step is read when the next one is queued
-    already, so that the device never waits for it. On several ranks loss and norm must
-    be the same on all of them.
+    already, so that the device never waits for it. On several ranks loss and norm must be the same on all of them.
 
     scale: what the loss was multiplied with. While it is above 1, gradients that overflow are its own doing: such steps
         are skipped, and it falls, but they are not counted.

@@ -16,7 +16,7 @@ from declip.data.images import eval_view
 from declip.data.sources import BrokenPair
 from declip.data.tokenizer import CaptionTokenizer
 from declip.errors import InputError
-from declip.evaluation.retrieval import RECALL_AT, percent_within, retrieval_ranks
+from declip.evaluation.retrieval import RECALL_AT, metrics_of_ranks, retrieval_ranks
 from declip.model.dual_encoder import DualEncoder
 from declip.model.embed import TokenWise, embed_images, embed_texts
 from declip.model.image_tower import IMAGES_AT_ONCE
@@ -83,7 +83,8 @@ class HeldOut:
             images, texts = (self._embed(model, part, device, token_wise) for part in ("image", "text"))
         model.train(was_training)
         ranks = retrieval_ranks(images, texts, self.image_of_text)
-        metrics = {f"{way}_r{k}": percent_within(found, k) for way, found in ranks.items() for k in RECALL_AT}
+        found = metrics_of_ranks(ranks)
+        metrics = {name: value for name, value in found.items() if not name.endswith("_median_rank")}
         finite = bool(images.isfinite().all() and texts.isfinite().all())
         score = sum(metrics.values()) / len(metrics) if finite else math.nan
         return {**metrics, "score": score, "error": score_error(ranks, self.image_of_text)}
