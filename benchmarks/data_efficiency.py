@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from declip.demo import NAMES_AS_THEY_ARE
+from declip.compare.quick import NAMES_AS_THEY_ARE
 
 METHODS = ["clip", "declip", "best-small"]
 BEST = METHODS[-1]
@@ -43,7 +43,8 @@ class Set:
 SETS = {
     # Six keycaps and signs of the third artist look much like another's; that is reported.
     "emoji": Set(["demo:noto", "demo:twemoji"], ["demo:fluent3d"], NAMES, options=["--allow-overlap"]),
-    "concepts": Set(["demo:noto", "demo:twemoji"], [], NAMES, options=["--key", "codepoint"]),
+    # Concepts are set aside by their code point. Flags of different places can look alike; that is reported.
+    "concepts": Set(["demo:noto", "demo:twemoji"], [], NAMES, options=["--key", "codepoint", "--allow-overlap"]),
     "flickr8k": Set(["{shared}/data/flickr8k_train.parquet"], ["{shared}/data/flickr8k_dev.parquet"], PHOTOS),
     "pretrained": Set(
         ["{shared}/data/flickr8k_train.parquet"],

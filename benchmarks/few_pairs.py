@@ -27,7 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from declip.demo import NAMES_AS_THEY_ARE
+from declip.compare.quick import NAMES_AS_THEY_ARE
 
 WAYS = ("text_to_image", "image_to_text")
 METHODS = {"CLIP": "clip", "DeCLIP": "declip"}

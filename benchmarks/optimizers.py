@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from declip.demo import NAMES_AS_THEY_ARE
+from declip.compare.quick import NAMES_AS_THEY_ARE
 from declip.optimization import Optimizer
 
 DATA = ('data.train=["demo:noto"]', 'data.validation=["demo:twemoji"]', "data.workers=0", "evaluation.every=1")

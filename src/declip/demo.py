@@ -22,11 +22,6 @@ NAMES = {"clip": "CLIP", BEST: "declip's best"}
 # Pairs that both methods see for each minute asked for. On two ordinary CPU cores the whole demo, both methods, the
 # judging and the report, then ends well within those minutes.
 PAIRS_PER_MINUTE = 4_000
-# Names of two or three words suffer where words are dropped or swapped; sentences gain (docs/results.md).
-NAMES_AS_THEY_ARE = [
-    'terms.contrastive.texts=["caption", "masked"]',
-    'terms.nearest_neighbour.texts=["caption"]',
-]
 QUERIES = [
     "red heart",
     "crying cat",

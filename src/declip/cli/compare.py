@@ -26,17 +26,6 @@ if TYPE_CHECKING:
     from declip.compare.prepare import Prepared
     from declip.compare.schedule import Told
 
-_QUICK = {
-    "recipes": ["clip", "best-small"],
-    "data": ["demo:noto", "demo:twemoji"],
-    "judged": ["demo:fluent3d"],
-    "fractions": "1,1/4,1/16",
-    "seeds": 1,
-    "rates": "1",
-    "pairs_seen": 13_000,
-}
-"""What --quick fills in: minutes on two cores. Half as many pairs, of which equal compute asks, would be too few."""
-
 
 def add_compare(commands: Any) -> None:
     example = (
@@ -153,8 +142,11 @@ def _asked(args: argparse.Namespace) -> Asked:
     overrides = [item for items in lists.values() for item in items if is_override(item, of_one=True)]
     given = {name: [item for item in items if item not in overrides] for name, items in lists.items()}
     wanted = given | {name: getattr(args, name) for name in ("fractions", "seeds", "rates", "pairs_seen")}
+    from declip.compare.quick import NAMES_AS_THEY_ARE, QUICK
+
     if args.quick:
-        wanted = {name: value or _QUICK[name] for name, value in wanted.items()}
+        wanted = {name: value or QUICK[name] for name, value in wanted.items()}
+    embedded = args.quick and wanted["data"] == QUICK["data"]
     for name, what in (("recipes", "recipes"), ("data", "--data")):
         if not wanted[name]:
             raise InputError(f"The following arguments are required: {what}; declip compare --help shows an example.")
@@ -174,9 +166,7 @@ def _asked(args: argparse.Namespace) -> Asked:
             own[name] = (*own.get(name, ()), change)
         else:
             common.append(change)
-    if args.quick and "declip" in wanted["recipes"] and wanted["data"] == _QUICK["data"]:
-        from declip.demo import NAMES_AS_THEY_ARE
-
+    if embedded and "declip" in wanted["recipes"]:
         own["declip"] = (*NAMES_AS_THEY_ARE, *own.get("declip", ()))
     optional = {
         "fractions": parse_fractions(wanted["fractions"]) if wanted["fractions"] else None,
@@ -197,7 +187,7 @@ def _asked(args: argparse.Namespace) -> Asked:
         ablate=tuple(args.ablate),
         variants=tuple(_variant(text) for text in args.variant),
         jobs=args.jobs,
-        allow_overlap=args.allow_overlap or (args.quick and wanted["data"] == _QUICK["data"]),
+        allow_overlap=args.allow_overlap or embedded,
         equal_compute=not (args.no_equal_compute or args.quick),
         **{name: value for name, value in optional.items() if value},
     )
