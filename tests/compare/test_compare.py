@@ -15,6 +15,7 @@ import pytest
 from conftest import pair, write_pairs
 from html_page import Page
 
+import declip
 from declip.cli import _parse, main
 from declip.cli.compare import _asked
 from declip.compare.cell import run_cell
@@ -143,3 +144,13 @@ def test_quick_fills_in_what_is_not_said() -> None:
         ("optimizer.lr=1",),
         False,
     )
+
+
+def test_a_cell_takes_the_pixel_statistics_of_the_weights_it_starts_from(
+    line: Callable[..., list[str]], tiny: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    declip.train(tiny("clip", "model.normalization=half"), run, quiet=True)
+    command = line("clip", more=(f"model.image.init={str(run)!r}", "--fractions", "1/4", "--json"))
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["cells"] == 1
