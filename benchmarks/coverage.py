@@ -12,20 +12,24 @@ import argparse
 import json
 import sys
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from data_efficiency import SETS
 
 from declip.compare.search import best_held_out
 from declip.data.sources import open_sources
+from declip.evaluation.retrieval import RECALL_AT, percent_within
 from declip.pairs import Data
 from declip.training.pairs import open_pairs
 
-EMOJI, DEPTHS = SETS["emoji"], (1, 5, 10)
+EMOJI = SETS["emoji"]
 
 
+@cache
 def trained_on(fraction: str, seed: int) -> list[bool]:
     """Of each judged pair whether its name was in a fraction of the training pairs."""
     data = Data(train=EMOJI.data, fraction=float(Fraction(fraction)), fraction_seed=seed)
@@ -36,7 +40,7 @@ def trained_on(fraction: str, seed: int) -> list[bool]:
 
 def recall(ranks: list[int]) -> float:
     """Mean of R@1, R@5 and R@10 in percent."""
-    return 100 * mean(mean(rank < depth for rank in ranks) for depth in DEPTHS) if ranks else float("nan")
+    return mean(percent_within(torch.tensor(ranks), depth) for depth in RECALL_AT) if ranks else float("nan")
 
 
 def chosen(folder: Path) -> list[dict[str, Any]]:

@@ -27,9 +27,12 @@ BEST = METHODS[-1]
 NAMES = [f"declip:{change.replace(' ', '')}" for change in NAMES_AS_THEY_ARE]
 PHOTOS = ["data.images.flip=0.5"]  # photos may be mirrored; of emoji, arrows and hands may not
 # Both towers rest, and what they give is computed once: only their projections learn, so that a run costs seconds.
-HEADS = [
+TOWERS = [
     f"efficientnet-lite0-minilm:{change}"
     for change in (
+        "model.image.init={weights}",
+        "model.image.timm_model_name=tf_efficientnet_lite0",
+        "model.text.init={text}",
         "model.image.tune=projection",
         "model.text.tune=projection",
         "model.image.views_kept=4",
@@ -60,13 +63,7 @@ SETS = {
     "pretrained": Set(
         ["{shared}/data/flickr8k_train.parquet"],
         ["{shared}/data/flickr8k_dev.parquet"],
-        [
-            *PHOTOS,
-            "efficientnet-lite0-minilm:model.image.init={weights}",
-            "efficientnet-lite0-minilm:model.image.timm_model_name=tf_efficientnet_lite0",
-            "efficientnet-lite0-minilm:model.text.init={text}",
-            *HEADS,
-        ],
+        [*PHOTOS, *TOWERS],
         ["clip", "efficientnet-lite0-minilm"],
         ["--no-equal-compute"],
         "flickr8k",
@@ -110,14 +107,8 @@ def command(name: str, args: argparse.Namespace) -> list[str]:
 
     judged = ["--eval", *put(chosen.judged)] if chosen.judged else []
     line = [*chosen.methods, *put(chosen.changes), "--data", *put(chosen.data), *judged, *chosen.options]
-    line += [
-        "--seeds",
-        str(args.seeds),
-        "--pairs-seen",
-        str(args.pairs),
-        "--out",
-        str(args.work / (chosen.folder or name)),
-    ]
+    out = args.work / (chosen.folder or name)
+    line += ["--seeds", str(args.seeds), "--pairs-seen", str(args.pairs), "--out", str(out)]
     if args.study == "curves":
         return [*line, "--fractions", args.fractions]
     changes = PARTS if args.study == "parts" else VIEWS

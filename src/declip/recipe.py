@@ -325,11 +325,11 @@ def flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return {path: v for name, value in values.items() for path, v in flat(value, f"{prefix}{name}.").items()}
 
 
-def to_toml(recipe: Recipe) -> str:
-    """The resolved recipe as TOML text, every field written out."""
+def to_toml(recipe: Recipe, said: bool = False) -> str:
+    """The resolved recipe as TOML text, every field written out, or those alone that are `said` and no defaults."""
     import tomli_w
 
-    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True, exclude_unset=said))
 
 
 def _override(values: dict[str, Any], override: str) -> None:

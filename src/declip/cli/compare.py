@@ -19,6 +19,7 @@ from declip.cli.terminal import (
     positive,
     whole,
 )
+from declip.compare.quick import NAMES_AS_THEY_ARE, QUICK
 from declip.errors import InputError
 
 if TYPE_CHECKING:
@@ -142,8 +143,6 @@ def _asked(args: argparse.Namespace) -> Asked:
     overrides = [item for items in lists.values() for item in items if is_override(item, of_one=True)]
     given = {name: [item for item in items if item not in overrides] for name, items in lists.items()}
     wanted = given | {name: getattr(args, name) for name in ("fractions", "seeds", "rates", "pairs_seen")}
-    from declip.compare.quick import NAMES_AS_THEY_ARE, QUICK
-
     if args.quick:
         wanted = {name: value or QUICK[name] for name, value in wanted.items()}
     embedded = args.quick and wanted["data"] == QUICK["data"]

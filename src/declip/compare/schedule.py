@@ -20,7 +20,6 @@ from declip.compare.cell import RESULT, RUN, SPEC
 from declip.compare.grid import FORMAT, Cell
 from declip.errors import InputError, Preempted, RunStopped
 from declip.files import write_atomically
-from declip.model.start import read_start
 from declip.recipe import to_toml
 
 CELLS = "cells"
@@ -101,8 +100,8 @@ def _start(out: Path, cell: Cell, flops: dict[str, float], slot: int, environmen
         "format": FORMAT,
     }
     # Written out in full, a default would count as said, and contradict what the weights of a start say.
-    recipe = read_start(cell.recipe)[0]
-    write_atomically(folder / "recipe.toml", lambda path: path.write_text(to_toml(recipe), "utf-8"))
+    recipe = to_toml(cell.recipe, said=True)
+    write_atomically(folder / "recipe.toml", lambda path: path.write_text(recipe, "utf-8"))
     write_atomically(folder / SPEC, lambda path: path.write_text(json.dumps(spec)))
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
