@@ -4,6 +4,7 @@
     python benchmarks/coverage.py
 
 A name counts as trained on where a picture of another artist with the same first caption was in the fraction.
+Cells are told apart by their method's name: where a recipe changes between two grids, give each its own --work.
 """
 
 from __future__ import annotations
