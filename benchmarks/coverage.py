@@ -4,7 +4,6 @@
     python benchmarks/coverage.py
 
 A name counts as trained on where a picture of another artist with the same first caption was in the fraction.
-Cells are told apart by their method's name: where a recipe changes between two grids, give each its own --work.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from data_efficiency import SETS
 
-from declip.compare.search import best_held_out
+from declip.compare.run import RESULTS
 from declip.data.sources import open_sources
 from declip.evaluation.retrieval import RECALL_AT, percent_within
 from declip.pairs import Data
@@ -44,16 +43,12 @@ def recall(ranks: list[int]) -> float:
     return mean(percent_within(torch.tensor(ranks), depth) for depth in RECALL_AT) if ranks else float("nan")
 
 
-def chosen(folder: Path) -> list[dict[str, Any]]:
-    """The longest cells; of those that differ in the rate alone the one with the best held-out score."""
-    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    longest = max((cell["seen"] for cell in cells), default=0)
-    found: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for cell in cells:
-        where = cell["method"], cell["fraction"], cell["seed"]
-        if cell["status"] == "done" and cell["seen"] > 0.9 * longest:
-            found[where] = max(found.get(where, cell), cell, key=best_held_out)
-    return list(found.values())
+def cells(grid: Path) -> list[dict[str, Any]]:
+    """The runs of a grid that have seen as many pairs as was asked for, each with what it has found."""
+    result = json.loads((grid / RESULTS).read_text())
+    whole = [run for run in result["runs"] if run["pairs_seen"] == result["pairs_seen"]]
+    found = [run | json.loads((grid / run["file"]).read_text()) for run in whole]
+    return [cell for cell in found if cell["status"] == "done"]
 
 
 def main() -> int:
@@ -61,8 +56,12 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/data_efficiency"), help="of data_efficiency.py")
     parser.add_argument("--json", action="store_true", help="the figures as JSON on stdout")
     args = parser.parse_args()
+    grid = args.work / "emoji"
+    if not (grid / RESULTS).is_file():
+        print(f"{grid} holds no {RESULTS}: run data_efficiency.py --sets emoji first.", file=sys.stderr)
+        return 2
     rows = []
-    for cell in chosen(args.work / "emoji" / "cells"):
+    for cell in cells(grid):
         known = trained_on(cell["fraction"], cell["seed"])
         ranks = cell["judged"][EMOJI.judged[0]]["ranks"]["image_to_text"]
         rows.append(
@@ -74,9 +73,6 @@ def main() -> int:
             }
         )
     rows.sort(key=lambda row: (-Fraction(row["fraction"]), row["method"], row["seed"]))
-    if not rows:
-        print(f"{args.work / 'emoji'} holds no cells: run data_efficiency.py --sets emoji first.", file=sys.stderr)
-        return 2
     if args.json:
         print(json.dumps(rows))
         return 0
