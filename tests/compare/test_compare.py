@@ -73,7 +73,7 @@ def test_an_interrupted_grid_goes_on(
 ) -> None:
     """And ends as one that was not interrupted."""
     out = tmp_path / "out"
-    command = line("clip", more=("--pairs-seen", "1600", "--fractions", "1", "--json"))
+    command = line("clip", more=("--pairs-seen", "800", "--fractions", "1", "--json"))
     process = subprocess.Popen([sys.executable, "-m", "declip", *command], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not any(path.stat().st_size for path in out.glob(f"{CELLS}/*/run/metrics.jsonl")):
