@@ -18,8 +18,9 @@ from html_page import Page
 import declip
 from declip.cli import _parse, main
 from declip.cli.compare import _asked
+from declip.compare import cell
 from declip.compare.cell import run_cell
-from declip.compare.schedule import CELLS
+from declip.compare.grid import CELLS
 from declip.recipe import Recipe, to_toml
 
 
@@ -93,6 +94,15 @@ def test_an_interrupted_grid_goes_on(
         assert result["seconds"] >= points[0]["seconds"]
         found.append([{name: value for name, value in point.items() if name != "seconds"} for point in points])
     assert found[0] == found[1]
+
+
+def test_a_run_gone_on_with_counts_the_time_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = dict.fromkeys(("method", "fraction", "seed", "seen", "rate", "flops_per_pair", "format"))
+    (tmp_path / cell.SPEC).write_text(json.dumps({**spec, "judged": []}))
+    monkeypatch.setattr(cell, "_end_with_parent", lambda parent: None)
+    monkeypatch.setattr(cell, "run_cell", lambda *_: {"status": "done", "summary": {"seconds": 1000.0}})
+    assert cell.main(tmp_path) == 0
+    assert json.loads((tmp_path / cell.RESULT).read_text())["wall_seconds"] == 1000.0
 
 
 def test_a_diverged_cell_is_a_result(tiny: Callable[..., Recipe], tmp_path: Path) -> None:

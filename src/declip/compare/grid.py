@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from declip.engine import Engine
 from declip.errors import InputError
@@ -17,6 +18,9 @@ from declip.recipe import Recipe, load_recipe, said_in, to_toml
 
 FORMAT = 1
 """Of what a cell's file says; cells of another format are run again."""
+
+CELLS = "cells"
+"""The folder of what cells have found, and of those that run."""
 
 SMALLEST_BATCH = 8
 RATES = ("lr", "image_lr", "text_lr", "projection_lr", "head_lr", "logit_scale_lr")
@@ -70,6 +74,15 @@ class Cell:
         recipe = self.recipe.model_copy(update={"engine": engine, "data": data, "name": "", "about": ""})
         text = "\0".join([str(FORMAT), to_toml(recipe), *self.judged, self.digest])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def file(self) -> str:
+        """Where its result is kept, in the folder of the comparison."""
+        return f"{CELLS}/{self.key}.json"
+
+    def described(self) -> dict[str, Any]:
+        """What tells it from the other cells of a comparison, for JSON."""
+        return {"method": self.method, "fraction": str(self.fraction), "seed": self.seed, "rate": self.rate}
 
 
 @dataclass(frozen=True)

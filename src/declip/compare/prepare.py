@@ -10,8 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from declip.compare.cell import SET_ASIDE, open_judged
-from declip.compare.grid import Asked, Cell, Method, batch_for, rated, recipe_of
-from declip.compare.schedule import CELLS
+from declip.compare.grid import CELLS, Asked, Cell, Method, batch_for, rated, recipe_of
 from declip.curation.overlap import overlap
 from declip.data.sources import Source, joined
 from declip.data.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import declip
 from declip.compare.findings import METRICS, Findings, Ran, find, line_json
 from declip.compare.grid import Cell, Method
 from declip.compare.prepare import Prepared
-from declip.compare.schedule import CELLS, Told, finished, run_cells
+from declip.compare.schedule import Told, finished, run_cells
 from declip.compare.search import Rates, rate_of, search_rates
 from declip.files import write_atomically
 
@@ -96,28 +96,8 @@ def as_json(prepared: Prepared, rates: Rates, ran: Sequence[Ran], findings: Find
             for factor in factors
         ],
         "ablation": findings.ablation,
-        "diverged": [
-            {
-                "method": one.cell.method,
-                "fraction": str(one.cell.fraction),
-                "seed": one.cell.seed,
-                "rate": one.cell.rate,
-                "reason": one.found["reason"],
-            }
-            for one in ran
-            if one.diverged
-        ],
-        "runs": [
-            {
-                "method": one.cell.method,
-                "fraction": str(one.cell.fraction),
-                "seed": one.cell.seed,
-                "rate": one.cell.rate,
-                "pairs_seen": one.cell.seen,
-                "file": f"{CELLS}/{one.cell.key}.json",
-            }
-            for one in ran
-        ],
+        "diverged": [{**one.cell.described(), "reason": one.found["reason"]} for one in ran if one.diverged],
+        "runs": [{**one.cell.described(), "pairs_seen": one.cell.seen, "file": one.cell.file} for one in ran],
         "cells": len(ran),
         "seconds": sum(one.found["wall_seconds"] for one in ran),
         "notes": prepared.notes,

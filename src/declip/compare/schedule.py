@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from declip.compare.cell import RESULT, RUN, SPEC
-from declip.compare.grid import FORMAT, Cell
+from declip.compare.grid import CELLS, FORMAT, Cell
 from declip.errors import InputError, Preempted, RunStopped
 from declip.files import write_atomically
 from declip.recipe import to_toml
 
-CELLS = "cells"
 _TICK = 0.5  # seconds between two looks at what runs
 _TAIL = 2**16  # bytes of metrics.jsonl that are read to see how far a run is
 
@@ -41,7 +40,7 @@ class _Running:
 def finished(out: Path, cell: Cell) -> dict[str, Any] | None:
     """What a cell has found, where it has run."""
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        found: dict[str, Any] = json.loads((out / CELLS / f"{cell.key}.json").read_text())
+        found: dict[str, Any] = json.loads((out / cell.file).read_text())
         return found
     return None
 
@@ -93,8 +92,8 @@ def _start(out: Path, cell: Cell, flops: dict[str, float], slot: int, environmen
     folder = out / CELLS / cell.key
     folder.mkdir(parents=True, exist_ok=True)
     spec = {
-        **{name: getattr(cell, name) for name in ("method", "seed", "seen", "rate")},
-        "fraction": str(cell.fraction),
+        **cell.described(),
+        "seen": cell.seen,
         "flops_per_pair": flops[cell.method],
         "judged": list(cell.judged),
         "format": FORMAT,
@@ -128,7 +127,7 @@ def _collect(out: Path, one: _Running) -> dict[str, Any]:
             f"{where}: the run {why}, see {one.folder / 'log.txt'}. What is finished is kept: run the command again, "
             "with fewer --jobs where memory was short."
         )
-    os.replace(one.folder / RESULT, out / CELLS / f"{cell.key}.json")
+    os.replace(one.folder / RESULT, out / cell.file)
     shutil.rmtree(one.folder, ignore_errors=True)
     found = finished(out, cell)
     assert found is not None
