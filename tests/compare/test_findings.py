@@ -159,4 +159,6 @@ def test_factors_in_words() -> None:
     assert said("more", 4.0, 2.5) == "more than ×4.0 (at least 2.5)"
     assert said("less", 0.8) == "less than ×0.80"
     assert said("unknown", None) == "–"
+    assert said("exact", 1.47, 0.0, 2.3) == "×1.5 (up to 2.3)"
+    assert said("exact", 1.47, 0.0, None) == "×1.5 (not sure)"
     assert said_factor(None) == "–"

@@ -39,6 +39,8 @@ def said_factor(factor: dict[str, Any] | None) -> str:
     if factor["kind"] == "less":
         return f"less than ×{factor['factor']:.2f}"
     ends = f"{low:.1f} to {high:.1f}" if high is not None else f"{low:.1f} or more"
+    if not low:  # a resampling in which the method never gets there
+        ends = f"up to {high:.1f}" if high is not None else "not sure"
     return f"×{factor['factor']:.1f} ({ends})"
 
 
