@@ -12,7 +12,7 @@ import torch
 
 from declip.compare.findings import Ran, find, line_json, outcomes
 from declip.compare.grid import Cell, Method
-from declip.compare.report import headline, said_factor, views_of
+from declip.compare.summary import headline, said_factor, said_interval, views_of
 from declip.evaluation.retrieval import metrics_of_ranks
 from declip.recipe import Recipe
 
@@ -162,3 +162,4 @@ def test_factors_in_words() -> None:
     assert said("exact", 1.47, 0.0, 2.3) == "×1.5 (up to 2.3)"
     assert said("exact", 1.47, 0.0, None) == "×1.5 (not sure)"
     assert said_factor(None) == "–"
+    assert [said_interval(0.5, 2.0, 2), said_interval(0.0, 2.0, 2)] == ["0.50 to 2.00", "up to 2.00"]

@@ -243,7 +243,7 @@ def _print_plan(prepared: Prepared, planned: dict[str, Any]) -> None:
 def _print_results(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from declip.compare.report import TITLES, headline, said_factor, views_of
+    from declip.compare.summary import TITLES, headline, said_factor, views_of
 
     out = console()
     fractions = sorted(result["pairs"], key=result["pairs"].__getitem__)

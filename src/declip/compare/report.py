@@ -10,59 +10,19 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from declip.compare.findings import VIEWS, Findings, Ran, View, outcomes
+from declip.compare.findings import VIEWS, Findings, Ran, outcomes
 from declip.compare.prepare import Prepared
+from declip.compare.summary import TITLES, said_interval, views_of
 from declip.evaluation.report.charts import Line, compact, line_chart
 from declip.evaluation.report.judgements import Models, Section
 from declip.evaluation.report.parts import setup
 from declip.evaluation.report.style import page
 from declip.files import write_atomically
 
-TITLES: dict[View, str] = {
-    "pairs seen": "Equal pairs seen",
-    "compute": "Equal compute",
-    "best": "Each at its best length",
-}
 _SIDE = 0.35  # of a step of the axis, left free beside its ends
 _STYLE = """
 td.over { color: var(--ink) } .card + .note { margin-top: 22px } .charts + .charts { margin-top: 20px }
 """
-
-
-def said_factor(factor: dict[str, Any] | None) -> str:
-    """A factor for people: ×2.1 (1.6 to 2.9), more than ×4."""
-    if factor is None or factor["kind"] == "unknown":
-        return "–"
-    low, high = factor["low"], factor["high"]
-    if factor["kind"] == "more":
-        return f"more than ×{factor['factor']:.1f}" + (f" (at least {low:.1f})" if low else "")
-    if factor["kind"] == "less":
-        return f"less than ×{factor['factor']:.2f}"
-    ends = f"{low:.1f} to {high:.1f}" if high is not None else f"{low:.1f} or more"
-    if not low:  # a resampling in which the method never gets there
-        ends = f"up to {high:.1f}" if high is not None else "not sure"
-    return f"×{factor['factor']:.1f} ({ends})"
-
-
-def views_of(result: dict[str, Any], judged: str) -> list[View]:
-    """The views that a set's lines have, one of those that are of the same runs, and none of the base alone."""
-    several = len({line["method"] for line in result["lines"]}) > 1
-    seen: list[Any] = []
-    found: list[View] = []
-    for view in VIEWS:
-        own = [line for line in result["lines"] if (line["judged"], line["view"]) == (judged, view)]
-        runs = [(line["method"], [(p["fraction"], p["pairs_seen"]) for p in line["points"]]) for line in own]
-        if runs not in seen and not (several and len(own) == 1):
-            found.append(view)
-        seen.append(runs)
-    return found
-
-
-def headline(result: dict[str, Any], line: dict[str, Any]) -> dict[str, Any] | None:
-    """Of a line the factor at what the base reaches with all pairs."""
-    wanted = (line["method"], line["judged"], line["view"], "base")
-    own = [f for f in result["factors"] if (f["method"], f["judged"], f["view"], f["read_off"]) == wanted]
-    return max(own, key=lambda factor: int(factor["pairs"]), default=None)
 
 
 def write_report(
@@ -193,14 +153,13 @@ def _factor_row(models: Models, base: str, method: str, factor: dict[str, Any]) 
     whose = base if factor["read_off"] == "base" else method
     value = "–" if factor["factor"] is None else f"×{factor['factor']:.2f}"
     prefix = {"more": "more than ", "less": "less than "}.get(factor["kind"], "")
-    high = "∞" if factor["high"] is None else f"{factor['high']:.2f}"
     return [
         models.named(method),
         f"{factor['quality']:.1f} ({escape(whose)}, {factor['pairs']:,})",
         needs(factor["base_pairs"]),
         needs(factor["method_pairs"]),
         f"<strong>{prefix}{value}</strong>",
-        f"{factor['low']:.2f} to {high}",
+        said_interval(factor["low"], factor["high"], 2),
     ]
 
 

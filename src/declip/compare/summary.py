@@ -1,0 +1,53 @@
+"""What the terminal and the page both say of a comparison, from its JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from declip.compare.findings import VIEWS, View
+
+TITLES: dict[View, str] = {
+    "pairs seen": "Equal pairs seen",
+    "compute": "Equal compute",
+    "best": "Each at its best length",
+}
+
+
+def said_factor(factor: dict[str, Any] | None) -> str:
+    """A factor for people: ×2.1 (1.6 to 2.9), more than ×4."""
+    if factor is None or factor["kind"] == "unknown":
+        return "–"
+    low, high = factor["low"], factor["high"]
+    if factor["kind"] == "more":
+        return f"more than ×{factor['factor']:.1f}" + (f" (at least {low:.1f})" if low else "")
+    if factor["kind"] == "less":
+        return f"less than ×{factor['factor']:.2f}"
+    return f"×{factor['factor']:.1f} ({said_interval(low, high, 1)})"
+
+
+def said_interval(low: float, high: float | None, digits: int) -> str:
+    """Of a factor. In some resamplings the method never gets there where `low` is 0, the base where `high` is None."""
+    if high is None:
+        return f"{low:.{digits}f} or more" if low else "not sure"
+    return f"{low:.{digits}f} to {high:.{digits}f}" if low else f"up to {high:.{digits}f}"
+
+
+def views_of(result: dict[str, Any], judged: str) -> list[View]:
+    """The views that a set's lines have, one of those that are of the same runs, and none of the base alone."""
+    several = len({line["method"] for line in result["lines"]}) > 1
+    seen: list[Any] = []
+    found: list[View] = []
+    for view in VIEWS:
+        own = [line for line in result["lines"] if (line["judged"], line["view"]) == (judged, view)]
+        runs = [(line["method"], [(p["fraction"], p["pairs_seen"]) for p in line["points"]]) for line in own]
+        if runs not in seen and not (several and len(own) == 1):
+            found.append(view)
+        seen.append(runs)
+    return found
+
+
+def headline(result: dict[str, Any], line: dict[str, Any]) -> dict[str, Any] | None:
+    """Of a line the factor at what the base reaches with all pairs."""
+    wanted = (line["method"], line["judged"], line["view"], "base")
+    own = [f for f in result["factors"] if (f["method"], f["judged"], f["view"], f["read_off"]) == wanted]
+    return max(own, key=lambda factor: int(factor["pairs"]), default=None)
