@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from declip.terms import Probability, Section
 
@@ -20,7 +20,9 @@ class ImageViews(Section):
     """How an image view is made. The defaults are a weak view: a random crop and nothing else."""
 
     crop_scale: tuple[float, float] = Field(
-        (0.5, 1.0), description="area of the random crop, as a share of the image's"
+        (0.5, 1.0),
+        description="area of the random crop, as a share of the image's; above 1, at most 4, the crop reaches outside "
+        "of the image, where it has the colour of the image's border, so that things come smaller as well as larger",
     )
     crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="aspect ratio of the random crop")
     flip: Probability = Field(0.0, description="probability of a horizontal flip")
@@ -32,6 +34,14 @@ class ImageViews(Section):
     grayscale: Probability = Field(0.0, description="probability of dropping the colours")
     blur: Probability = Field(0.0, description="probability of a Gaussian blur")
     blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="radius of the blur in pixels")
+
+    @model_validator(mode="after")
+    def _crops_can_be_drawn(self) -> ImageViews:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 4:
+            raise ValueError("crop_scale is the smallest area and the largest, above 0 and at most 4")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError("crop_ratio is the smallest ratio and the largest, above 0")
+        return self
 
 
 class CaptionViews(Section):

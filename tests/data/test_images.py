@@ -88,6 +88,40 @@ def test_thin_images_fall_back_to_the_centre(shape: tuple[int, int], box: tuple[
     assert draw_view(*shape, ImageViews(crop_scale=(0.9, 1.0)), np.random.default_rng(0)).box == box
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (100, 60), (40, 80)])
+def test_crops_beyond_the_image_have_the_colour_of_its_border(shape: tuple[int, int]) -> None:
+    height, width = shape
+    image = picture(height, width)
+    image[:2], image[-2:], image[:, :2], image[:, -2:] = (9, 8, 7), (9, 8, 7), (9, 8, 7), (9, 8, 7)
+    image[0, 0] = 255  # one pixel changes no median
+    views, rng = ImageViews(crop_scale=(0.4, 2.0)), np.random.default_rng(5)
+    ground = np.full((5 * height, 5 * width, 3), (9, 8, 7), np.uint8)
+    ground[2 * height : 3 * height, 2 * width : 3 * width] = image
+    boxes = np.array([draw_view(height, width, views, rng).box for _ in range(3000)])
+    for top, left, tall, wide in boxes[:200].tolist():
+        from_ground = View((top + 2 * height, left + 2 * width, tall, wide))
+        np.testing.assert_array_equal(
+            make_view(image, 32, View((top, left, tall, wide))), make_view(ground, 32, from_ground)
+        )
+    areas = boxes[:, 2] * boxes[:, 3] / (height * width)
+    assert abs(areas.mean() - 1.2) < 0.03
+    for start, crop, side in [(boxes[:, 0], boxes[:, 2], height), (boxes[:, 1], boxes[:, 3], width)]:
+        larger = crop > side
+        assert ((start >= 0) & (start + crop <= side))[~larger].all()  # within the image
+        assert ((start <= 0) & (start + crop >= side))[larger].all()  # the whole image within it
+        room = (crop - side)[larger]
+        assert abs((-start[larger] / np.maximum(room, 1))[room > 2].mean() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"crop_scale": (0.5, 4.1)}, {"crop_scale": (1.0, 0.5)}, {"crop_scale": (0.0, 1.0)}, {"crop_ratio": (2, 1)}],
+)
+def test_crops_that_cannot_be_drawn_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is the smallest"):
+        ImageViews(**wrong)
+
+
 def test_one_pixel() -> None:
     image = np.full((1, 1, 3), 9, np.uint8)
     assert (random_view(image, 8, ImageViews(flip=1.0), np.random.default_rng(0)) == 9).all()
@@ -222,6 +256,8 @@ def test_identity() -> None:
 
 # Views of encoded images
 
+LARGE = ImageViews(crop_scale=(0.5, 2.0))
+
 
 def photo(height: int, width: int, kind: str = "JPEG", mode: str = "RGB", **options: object) -> bytes:
     """An encoded picture that is no sharper than photographs are at their pixels."""
@@ -239,7 +275,7 @@ def whole_views(data: bytes, size: int, options: list[ImageViews], seed: int) ->
 
 
 @pytest.mark.parametrize("size", [224, 100, 64])
-@pytest.mark.parametrize("options", [[WEAK], [STRONG, STRONG], []], ids=["weak", "strong", "none"])
+@pytest.mark.parametrize("options", [[WEAK], [STRONG, STRONG], [LARGE], []], ids=["weak", "strong", "large", "none"])
 @pytest.mark.parametrize(
     "data",
     [photo(300, 400), photo(300, 400, "PNG"), photo(300, 400, mode="CMYK"), photo(300, 400, mode="L", quality=90)],

@@ -42,7 +42,7 @@ _ORDERS = tuple(permutations(range(4)))
 class View(NamedTuple):
     """Everything random about one view of one image."""
 
-    box: tuple[int, int, int, int]  # top, left, height, width of the crop, in pixels
+    box: tuple[int, int, int, int]  # top, left, height, width of the crop, in pixels; it may reach outside of the image
     jitter: Jitter | None = None
     grayscale: bool = False
     sigma: float | None = None  # radius of the blur in pixels
@@ -132,22 +132,31 @@ def _between(interval: tuple[float, float], share: float) -> float:
 
 
 def _draw_box(height: int, width: int, views: ImageViews, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """RandomResizedCrop: ten tries of a uniform area and a log-uniform ratio, then the largest central crop."""
+    """RandomResizedCrop: ten tries of a uniform area and a log-uniform ratio, then the largest central crop.
+
+    Where crops may be larger than the image, any is taken; the image then lies anywhere in it along a longer side.
+    """
     low, high = views.crop_ratio
     log_ratio = (math.log(low), math.log(high))
+    beyond = views.crop_scale[1] > 1
     for _ in range(10):
         area_share, ratio_share, top_share, left_share = rng.random(4).tolist()
         area = height * width * _between(views.crop_scale, area_share)
         ratio = math.exp(_between(log_ratio, ratio_share))
         wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < wide <= width and 0 < tall <= height:
-            return int(top_share * (height - tall + 1)), int(left_share * (width - wide + 1)), tall, wide
+        if min(wide, tall) > 0 and (beyond or (wide <= width and tall <= height)):
+            return _place(height, tall, top_share), _place(width, wide, left_share), tall, wide
     wide, tall = width, height
     if width / height < low:
         tall = max(1, min(height, round(width / low)))
     elif width / height > high:
         wide = max(1, min(width, round(height * high)))
     return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def _place(side: int, crop: int, share: float) -> int:
+    """Where a crop begins along a side: uniform over all places in which the shorter of the two lies in the longer."""
+    return int(share * (side - crop + 1)) if crop <= side else -int(share * (crop - side + 1))
 
 
 def _draw_jitter(views: ImageViews, draws: list[float]) -> Jitter:
@@ -178,12 +187,24 @@ def make_view(image: Pixels, size: int, view: View) -> Pixels:
     return to_pixels(planes, size) if view.sigma is None else blur(planes, size, view.sigma)
 
 
+def _crop(image: Pixels, box: tuple[int, int, int, int]) -> Pixels:
+    """A copy of the box, ``[1, height, width, 3]``; outside of the image it has the median colour of its border."""
+    top, left, height, width = box
+    above, before = max(-top, 0), max(-left, 0)
+    inside = image[None, top + above : top + height, left + before : left + width]
+    if inside.shape[1:3] == (height, width):
+        return inside.copy()
+    border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    crop = np.empty((1, height, width, 3), np.uint8)
+    crop[:] = np.median(border, axis=0)
+    crop[:, above : above + inside.shape[1], before : before + inside.shape[2]] = inside
+    return crop
+
+
 def _resize(image: Pixels, size: int, view: View) -> Pixels:
     """Crop, bilinear antialiased resize and flip; at most one level off PIL, and several times as fast."""
-    top, left, height, width = view.box
-    crop = image[None, top : top + height, left : left + width].copy()
     # PyTorch resizes bytes with SIMD where the channels come last in memory.
-    channels_last = torch.from_numpy(crop.transpose(0, 3, 1, 2))
+    channels_last = torch.from_numpy(_crop(image, view.box).transpose(0, 3, 1, 2))
     resized = functional.interpolate(channels_last, (size, size), mode="bilinear", antialias=True)
     if view.flip:  # last in the published order; it commutes with all else and costs least here
         resized = resized.flip(3)
