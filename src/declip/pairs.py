@@ -94,13 +94,13 @@ class Data(Section):
         0.0,
         ge=0,
         lt=1,
-        description="share of the training pairs that a run never sees, neither to learn nor to choose: pairs of equal "
-        "keys together, before anything is held out; declip compare judges on them",
+        description="share of the training pairs that a run never sees, neither to learn nor to choose, taken before "
+        "anything is held out and by holdout_by; declip compare judges on them",
     )
     holdout_by: Literal["key", "picture"] = Field(
         "key",
-        description="which pairs stay on one side when some are held out: those of equal keys; or also those whose "
-        "pictures are copies of each other, for which every picture is looked at once",
+        description="which pairs stay on one side when some are held out or set aside: those of equal keys; or also "
+        "those whose pictures are copies of each other, for which every picture is looked at once",
     )
     fraction: float = Field(1.0, gt=0, le=1, description="train on this share of the pairs only (nested subsets)")
     fraction_seed: int = Field(0, description="which subset a fraction takes")

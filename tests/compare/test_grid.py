@@ -163,6 +163,16 @@ def test_judged_pictures_that_are_trained_on_are_named_and_refused(asked: Callab
     assert "judged all the same" in prepare(asked(allow_overlap=True)).notes[0]
 
 
+def test_copies_are_set_aside_together_where_asked(asked: Callable[..., Asked], tmp_path: Path) -> None:
+    copies = [{**pair(n), "key": f"copy{n}"} for n in range(0, 100, 5)]
+    data = str(write_pairs(tmp_path / "copies.parquet", [*map(pair, range(100)), *copies]))
+    with pytest.raises(InputError, match=r"set aside holds .* copies .*: say data.holdout_by=picture, so that copies"):
+        prepare(asked(judged=(), data=(data,)))
+    prepared = prepare(asked(judged=(), data=(data,), changes=("data.holdout_by=picture",)))
+    assert prepared.judged == {"set aside": 12}
+    assert not prepared.notes
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from declip.data.sources import connected
 from declip.errors import InputError
 from declip.pairs import Data
 from declip.training import pairs as training_pairs
-from declip.training.pairs import groups_of_pictures, open_pairs
+from declip.training.pairs import groups_of_pictures, open_pairs, pairs_set_aside
 
 COPIES = {3: 30, 7: 31, 12: 32, 20: 33, 31: 34}
 """Pairs that show the picture of another one, and their numbers: 34 is a copy of a copy."""
@@ -66,6 +66,23 @@ def test_also_across_sources_with_weights(tmp_path: Path) -> None:
     train, held = open_pairs(data)
     assert held is not None
     assert (set(keys(train)), set(keys(held))) == whole
+
+
+@pytest.mark.parametrize("by", ["key", "picture"])
+@pytest.mark.parametrize("weights", [[], [1.0, 2.0]], ids=["joined", "weights"])
+def test_what_is_set_aside_is_never_seen(tmp_path: Path, by: Literal["key", "picture"], weights: list[float]) -> None:
+    """Nor is a copy of it, by picture; also of sources that are drawn from with weights."""
+    parts = [write_pairs(tmp_path / "b.parquet", rows()[:30]), write_pairs(tmp_path / "c.parquet", rows()[30:])]
+    data = Data(
+        train=[str(part) for part in parts], weights=weights, set_aside=0.3, holdout=0.2, holdout_by=by, workers=0
+    )
+    train, held = open_pairs(data)
+    assert held is not None
+    sides = [set(keys(train)), set(keys(held)), set(keys(pairs_set_aside(data)))]
+    assert len(set.union(*sides)) == sum(map(len, sides)) == 35
+    assert len(sides[2]) in (10, 11)
+    whole = [any({f"k{original}", f"k{copy}"} <= side for side in sides) for original, copy in COPIES.items()]
+    assert all(whole) == (by == "picture")
 
 
 def test_pictures_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from declip.data.tokenizer import Tokenizer
 from declip.errors import InputError
 from declip.evaluation.sets import TestSet
 from declip.model.start import read_start
+from declip.pairs import Data
 from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe
 from declip.training.flops import pair_flops
@@ -105,7 +106,7 @@ def prepare(asked: Asked, progress: Progress | None = None) -> Prepared:
     notes: list[str] = []
     pairs, batches = _fractions(asked, recipes, train, notes)
     tests = open_judged(asked.judged or [SET_ASIDE], base.data)
-    _check_overlap(asked, tests, joined([train, held]), notes, progress)
+    _check_overlap(asked, tests, joined([train, held]), base.data, notes, progress)
     schedule = load_recipe(methods[0].recipe, [*asked.changes, *methods[0].changes]).schedule
     own_length = schedule.pairs_seen or round(schedule.epochs * len(train))
     tokens = caption_tokens(train, base)
@@ -172,7 +173,7 @@ def _fractions(
 
 
 def _check_overlap(
-    asked: Asked, tests: list[TestSet], train: Source, notes: list[str], progress: Progress | None
+    asked: Asked, tests: list[TestSet], train: Source, data: Data, notes: list[str], progress: Progress | None
 ) -> None:
     """Raises InputError where judged pictures are trained on, unless that is allowed: then it is a note."""
     name = ", ".join(asked.data)
@@ -184,8 +185,15 @@ def _check_overlap(
             copies = f"{found.exact} copies and {found.near} near copies of pictures in {name}"
             said = f"{test.name} holds {copies} (such as {', '.join(found.examples[:3])})"
             if not asked.allow_overlap:
-                raise InputError(f"{said}: judge on other pairs, or say --allow-overlap.")
+                raise InputError(f"{said}: {_instead(asked, data)}, or say --allow-overlap.")
             notes.append(f"{said}; they were judged all the same.")
+
+
+def _instead(asked: Asked, data: Data) -> str:
+    """What to do about judged pictures that are trained on."""
+    if asked.judged or data.holdout_by == "picture":
+        return "judge on other pairs"
+    return "say data.holdout_by=picture, so that copies stay together"
 
 
 def _digest(train: Source, held: Source, tests: list[TestSet]) -> str:

@@ -33,7 +33,7 @@ from declip.recipe import Recipe
 UNKNOWN_AT_MOST = 0.05
 """Share of unknown words in captions above which a run says so."""
 _IMAGES_READ = 100_000  # at most, to tell whether pairs are still the same
-_ASIDE = 1  # seed of what is set aside; what is held out has 0
+_HELD_OUT, _ASIDE = 0, 1  # seeds of what is held out, and of what is set aside
 _CAPTIONED = 2000  # pairs whose captions are looked at
 
 
@@ -43,17 +43,14 @@ def open_pairs(data: Data) -> tuple[Source, Source | None]:
         raise InputError(
             "There is nothing to train on: say data.train=FILE (parquet or a caption table beside images)."
         )
-    # With weights every source keeps pairs of its own, and is split by itself.
-    named = [[spec] for spec in data.train] if data.weights else [data.train]
-    parts: list[Source] = [_seen(open_sources(specs, data), data) for specs in named]
+    parts = _parts(data)
+    if data.set_aside:
+        parts, _ = _split(parts, data, data.set_aside, _ASIDE)
     held: Source | None = None
     if data.validation:
         held = open_sources(data.validation, data)
-    elif data.holdout and data.holdout_by == "picture":
-        parts, held = _split_by_picture(parts, data)
     elif data.holdout:
-        splits = [split_holdout(part, data.holdout, seed=0) for part in parts]
-        parts, held = [kept for kept, _ in splits], joined([out for _, out in splits])
+        parts, held = _split(parts, data, data.holdout, _HELD_OUT)
     if data.fraction < 1:
         parts = [take_fraction(part, data.fraction, data.fraction_seed) for part in parts]
     pairs = joined(parts)
@@ -64,17 +61,21 @@ def pairs_set_aside(data: Data) -> Source:
     """The pairs that ``data.set_aside`` keeps out of a run; raises InputError where it keeps none."""
     if not data.set_aside:
         raise InputError("No pairs are set aside: say data.set_aside=0.1.")
-    return split_holdout(open_sources(data.train, data), data.set_aside, seed=_ASIDE)[1]
+    return _split(_parts(data), data, data.set_aside, _ASIDE)[1]
 
 
-def _seen(source: Source, data: Data) -> Source:
-    return split_holdout(source, data.set_aside, seed=_ASIDE)[0] if data.set_aside else source
+def _parts(data: Data) -> list[Source]:
+    """All training pairs; with weights every source keeps pairs of its own, and is split by itself."""
+    return [open_sources(specs, data) for specs in ([[spec] for spec in data.train] if data.weights else [data.train])]
 
 
-def _split_by_picture(parts: list[Source], data: Data) -> tuple[list[Source], Source]:
-    """What is left of each part, and what is held out; no picture is on both sides, even of two parts."""
+def _split(parts: list[Source], data: Data, share: float, seed: int) -> tuple[list[Source], Source]:
+    """What is left of each part, and a share of all; by ``data.holdout_by`` no key or no picture is in both."""
+    if data.holdout_by == "key":
+        splits = [split_holdout(part, share, seed) for part in parts]
+        return [kept for kept, _ in splits], joined([out for _, out in splits])
     source = joined(parts)
-    chosen = hold_out_groups(source, data.holdout, 0, groups_of_pictures(source, data))
+    chosen = hold_out_groups(source, share, seed, groups_of_pictures(source, data))
     ends = np.cumsum([len(part) for part in parts])
     kept: list[Source] = []
     held: list[Source] = []
