@@ -93,8 +93,10 @@ VIEWS = [
     "data.images.grayscale=0.2",
     "data.images.blur=0.5",
     "data.images.flip=0.5",
-    "data.images.crop_scale=[0.2,1.0]",
-    "data.images.crop_scale=[0.8,1.0]",
+    "data.images.crop_scale=[0.5,1.0]",
+    "data.images.crop_scale=[0.2,1.5]",
+    "data.images.crop_scale=[0.5,2.0]",
+    "data.images.crop_scale=[0.8,1.2]",
 ]
 """Changes of how a picture's views are made, one at a time."""
 
