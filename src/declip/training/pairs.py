@@ -70,7 +70,7 @@ def _parts(data: Data) -> list[Source]:
 
 
 def _split(parts: list[Source], data: Data, share: float, seed: int) -> tuple[list[Source], Source]:
-    """What is left of each part, and a share of all; by ``data.holdout_by`` no key or no picture is in both."""
+    """What is left of each part, and a share of all; no key of a part, or by picture no picture, is in both."""
     if data.holdout_by == "key":
         splits = [split_holdout(part, share, seed) for part in parts]
         return [kept for kept, _ in splits], joined([out for _, out in splits])
