@@ -196,7 +196,8 @@ def _crop(image: Pixels, box: tuple[int, int, int, int]) -> Pixels:
         return inside.copy()
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     crop = np.empty((1, height, width, 3), np.uint8)
-    crop[:] = np.median(border, axis=0)
+    # Row by row: filled pixel by pixel, a crop takes several times as long.
+    crop[:] = np.tile(np.median(border, axis=0).astype(np.uint8), (width, 1))
     crop[:, above : above + inside.shape[1], before : before + inside.shape[2]] = inside
     return crop
 
