@@ -85,6 +85,21 @@ def test_what_is_set_aside_is_never_seen(tmp_path: Path, by: Literal["key", "pic
     assert all(whole) == (by == "picture")
 
 
+def test_a_key_of_several_sources_is_held_out_of_all(tmp_path: Path) -> None:
+    """Three keys of four are in both sources; a share of each is held out."""
+    parts = [
+        write_pairs(tmp_path / f"{name}.parquet", [pair(number) for number in numbers])
+        for name, numbers in {"a": range(40), "b": range(10, 50), "c": range(10, 14)}.items()
+    ]
+    data = Data(train=[str(part) for part in parts], weights=[1, 1, 1], holdout=0.3, workers=0)
+    train, held = open_pairs(data)
+    assert held is not None
+    assert not set(keys(train)) & set(keys(held))
+    assert len(train) + len(held) == 84
+    for part in (keys(open_pairs(Data(train=str(path), holdout=0))[0]) for path in parts[:2]):
+        assert 0.3 * len(part) <= len(set(part) & set(keys(held))) <= 0.5 * len(part)
+
+
 def test_pictures_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from declip.curation import groups
 

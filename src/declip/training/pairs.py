@@ -71,11 +71,16 @@ def _parts(data: Data) -> list[Source]:
 
 def _split(parts: list[Source], data: Data, share: float, seed: int) -> tuple[list[Source], Source]:
     """What is left of each part, and a share of all; no key of a part, or by picture no picture, is in both."""
+    source = joined(parts)
     if data.holdout_by == "key":
         splits = [split_holdout(part, share, seed) for part in parts]
-        return [kept for kept, _ in splits], joined([out for _, out in splits])
-    source = joined(parts)
-    chosen = hold_out_groups(source, share, seed, groups_of_pictures(source, data))
+        if len(parts) == 1 or len(source) > BY_KEY:
+            return [kept for kept, _ in splits], joined([out for _, out in splits])
+        # A key may be in several parts, and each part has a threshold of its own.
+        out = {held.key(index) for _, held in splits for index in range(len(held))}
+        chosen = np.array([index for index in range(len(source)) if source.key(index) in out], np.int64)
+    else:
+        chosen = hold_out_groups(source, share, seed, groups_of_pictures(source, data))
     ends = np.cumsum([len(part) for part in parts])
     kept: list[Source] = []
     held: list[Source] = []
