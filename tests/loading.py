@@ -28,7 +28,7 @@ def batches(recipe: Recipe, first: int = 0, steps: int = 12, workers: int = 0) -
 def assert_same(one: Batch, other: Batch) -> None:
     assert one.text_views == other.text_views
     assert one.broken == other.broken
-    for name in ("images", "tokens", "labels", "sample_ids"):
+    for name in ("images", "tokens", "labels", "sample_ids", "filters"):
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
 
 

@@ -86,6 +86,7 @@ METHODS = {
     "declip, sharded": ("declip", SHARD),
     "declip, sharded, recomputed": ("declip", [*SHARD, "engine.micro_batch=3", "engine.grad_checkpointing=true"]),
     "defilip, sharded": ("declip", [*SHARD, *TOP_3]),
+    "clip, convolved": ("clip", ["data.images.convolve=0.5", "terms.contrastive.images=2"]),
     "clip, bfloat16": ("clip", ["engine.precision=bfloat16"]),
     "clip, bfloat16, sharded": ("clip", ["engine.precision=bfloat16", "engine.shard=true"]),
     "siglip": ("clip", ["terms.contrastive=none", "terms.sigmoid.images=2", "model.logit_bias_init=-10"]),

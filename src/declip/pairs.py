@@ -34,6 +34,11 @@ class ImageViews(Section):
     grayscale: Probability = Field(0.0, description="probability of dropping the colours")
     blur: Probability = Field(0.0, description="probability of a Gaussian blur")
     blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="radius of the blur in pixels")
+    convolve: Probability = Field(
+        0.0,
+        description="probability of mixing the view with a random convolution of itself, 1, 3 or 5 pixels wide "
+        "(RandConv), made on the training device: shapes stay, textures and colours change",
+    )
 
     @model_validator(mode="after")
     def _crops_can_be_drawn(self) -> ImageViews:
@@ -166,3 +171,9 @@ class Data(Section):
     disk_gb: float = Field(50.0, gt=0, description="copies of remote shards are kept up to this many GB")
     retries: int = Field(5, ge=0, description="how often a failed read from a remote place is tried again")
     broken_limit: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the pairs is broken")
+
+    @property
+    def convolves(self) -> bool:
+        """Whether the training step has views to convolve."""
+        kinds = self.images, self.second_images, self.strong_images
+        return any(views is not None and views.convolve for views in kinds)

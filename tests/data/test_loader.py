@@ -15,6 +15,7 @@ from loading import MakeRecipe, assert_same, batches, captions_of, maker
 from declip.data.batch import send
 from declip.data.decode import decode_image
 from declip.data.decoded import open_images
+from declip.data.images import no_filter
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import open_sources
 from declip.data.tokenizer import MASK_ID, SOT, Tokenizer
@@ -58,6 +59,33 @@ def test_shares_of_mixed_pictures(tiny: MakeRecipe) -> None:
     plain = maker(tiny("clip")).make(3)
     assert plain.own_share is None
     assert torch.equal(whole.make(3).images, plain.images)
+
+
+def test_filters_of_convolved_views(tiny: MakeRecipe) -> None:
+    """Drawn for each view, the same again, on all ranks and wherever colours change; the views are as ever."""
+    recipe = tiny("clip", "data.images.convolve=0.5", "terms.contrastive.images=2")
+    made = batches(recipe)
+    filters = torch.stack([batch.filters for batch in made if batch.filters is not None])
+    assert filters.shape == (len(made), 2, 8, 3, 3, 5, 5)
+    for batch, again in zip(batches(recipe, workers=1), made, strict=True):
+        assert_same(batch, again)
+    each = filters.flatten(0, 2)
+    plain = (each == torch.from_numpy(no_filter())).flatten(1).all(1)
+    assert 0.3 < plain.float().mean() < 0.7
+    assert len(each[~plain].unique(dim=0)) == (~plain).sum()
+    whole = maker(recipe)
+    halves = [
+        BatchMaker(whole.images, recipe, whole.size, whole.context_length, rank=rank, ranks=2).make(3).filters
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat([half for half in halves if half is not None], 1), filters[3])
+    without = maker(tiny("clip", "terms.contrastive.images=2")).make(0)
+    assert without.filters is None
+    assert torch.equal(without.images[0], made[0].images[0])
+    second = maker(tiny("clip", "terms.contrastive.images=2", "data.second_images={convolve=1.0}")).make(0)
+    assert second.filters is not None
+    assert (second.filters[0] == torch.from_numpy(no_filter())).all()
+    assert not (second.filters[1] == torch.from_numpy(no_filter())).flatten(1).all(1).any()
 
 
 def test_shapes(tiny: MakeRecipe) -> None:

@@ -1,4 +1,4 @@
-"""Mixed pictures: each with its partner, of all views, before the tower sees them."""
+"""Mixed pictures: each with its partner or a convolution of itself, of all views, before the tower sees them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from loading import MakeRecipe, maker
 
+from declip.data.images import no_filter
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image
-from declip.model.mixing import mixed, of_partners
+from declip.model.mixing import convolved, mixed, of_partners
 
 
 def test_partners() -> None:
@@ -36,3 +37,39 @@ def test_towers_see_mixed_pixels(micro_batch: int | None, tiny: MakeRecipe) -> N
     plain = model(replace(batch, own_share=None)).image
     assert not torch.allclose(plain, found)
     torch.testing.assert_close(model(replace(batch, own_share=1.0)).image, plain)
+
+
+def test_a_convolution_is_its_sum() -> None:
+    """Beside a loop over pixels: the cross-correlation that the field calls convolution, zeros around."""
+    torch.manual_seed(0)
+    images, filters = torch.randn(2, 3, 4, 6, 3), torch.randn(2, 3, 3, 3, 5, 5)
+    found = convolved(images, filters)
+    assert found.shape == images.shape
+    for view, row, top, left in [(0, 0, 0, 0), (1, 2, 3, 5), (0, 1, 2, 3)]:
+        expected = torch.zeros(3)
+        for down in range(-2, 3):
+            for across in range(-2, 3):
+                if 0 <= top + down < 4 and 0 <= left + across < 6:
+                    pixel = images[view, row, top + down, left + across]
+                    expected += filters[view, row, :, :, down + 2, across + 2] @ pixel
+        torch.testing.assert_close(found[view, row, top, left], expected, rtol=1e-4, atol=1e-5)
+    nothing = torch.from_numpy(no_filter()).expand(2, 3, -1, -1, -1, -1)
+    torch.testing.assert_close(convolved(images, nothing), images)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_towers_see_convolved_pixels(micro_batch: int | None, tiny: MakeRecipe) -> None:
+    given = ["data.images.convolve=0.5", "terms.contrastive.images=2", f"engine.micro_batch={micro_batch or 'none'}"]
+    recipe = tiny("clip", *given)
+    torch.manual_seed(0)
+    model, batch = DualEncoder(recipe), maker(recipe).make(0)
+    assert batch.filters is not None
+    found = model(batch).image
+    pixels = convolved(torch.stack([model.pixels(view).permute(0, 2, 3, 1) for view in batch.images]), batch.filters)
+    for view, embedded in zip(pixels, found, strict=True):
+        torch.testing.assert_close(
+            embedded, encode_image(model.clip, view.permute(0, 3, 1, 2)).embedding, rtol=1e-4, atol=1e-5
+        )
+    plain = model(replace(batch, filters=None)).image
+    assert not torch.allclose(plain, found)
+    torch.testing.assert_close(model(batch.part(1, ["caption"])).image, found[:1], rtol=1e-4, atol=1e-5)

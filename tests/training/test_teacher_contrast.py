@@ -114,6 +114,7 @@ def test_a_half_life_is_one(tiny: MakeRecipe) -> None:
             "teacher_contrast.cross_attention and terms.token_wise want other tokens: leave one out",
         ),
         ([*TAUGHT, "terms.teacher_contrast.local_images=2", "data.augment_on=device"], "are made by data.augment_on"),
+        (["data.local_images.convolve=0.5"], "is for whole views only"),
         ([*TAUGHT, "data.mix=0.2"], "data.mix does not go with terms.teacher_contrast"),
     ],
 )

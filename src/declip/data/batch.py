@@ -28,6 +28,8 @@ class Batch:
         `images` then have no pixels
     kept_texts: float16 [text views, batch, width] likewise, and `tokens` have no places; or, where only the last
         layers of the text tower learn, [text views, batch, tokens, width]
+    filters: float32 [image views, batch, 3 out, 3 in, side, side], what each image is convolved with once it is
+        normalised (`data.images.convolve`); else None
     own_share: with `data.mix`, share of each image that is its own in the mixture with its partner's; else None
     teacher_images: float32 [batch, width], a teacher's embedding of each image; NaN where it has none
     teacher_texts: float32 [batch, width], that of the caption view
@@ -44,6 +46,7 @@ class Batch:
     draws: Tensor | None = None
     kept_images: Tensor | None = None
     kept_texts: Tensor | None = None
+    filters: Tensor | None = None
     own_share: float | None = None
     teacher_images: Tensor | None = None
     teacher_texts: Tensor | None = None
@@ -59,6 +62,7 @@ class Batch:
             tokens=self.tokens[places] if self.kept_texts is None or self.tokens.shape[2] else self.tokens,
             text_views=tuple(views),
             kept_images=None if kept[0] is None else kept[0][:images],
+            filters=None if self.filters is None else self.filters[:images],
             kept_texts=None if kept[1] is None else kept[1][places],
             local_images=None,
         )

@@ -26,7 +26,7 @@ from declip.model.image_tower import (
     project_image,
 )
 from declip.model.layers import image_above, image_below, text_above, text_below
-from declip.model.mixing import mixed
+from declip.model.mixing import convolved, mixed
 from declip.model.parts import Part
 from declip.model.recompute import has_batch_norm, recompute_blocks, recomputed
 from declip.model.text_tower import (
@@ -313,6 +313,8 @@ class DualEncoder(nn.Module):
     def _encode_views(self, batch: Batch) -> EncodedImages:
         """Of pixels; every output is [image views, batch, …]."""
         images = batch.images
+        if batch.filters is not None:
+            images = convolved(self._normalised(images), batch.filters)
         if batch.own_share is not None:
             images = mixed(self._normalised(images), batch.own_share)
         if self.views_apart:

@@ -1,9 +1,13 @@
-"""Pictures mixed with those of other pairs (mixup): what lies between few pairs is not so easily learnt by heart."""
+"""Pictures mixed with those of other pairs (mixup) or with what a random convolution makes of them (RandConv).
+
+What lies between few pairs, and textures that never come again, are not so easily learnt by heart.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def of_partners(rows: Tensor, dim: int = 0) -> Tensor:
@@ -22,3 +26,16 @@ def mixed(images: Tensor, share: float) -> Tensor:
     """
     images = images.float()
     return share * images + (1 - share) * of_partners(images, dim=1)
+
+
+def convolved(images: Tensor, filters: Tensor) -> Tensor:
+    """Each image convolved with its own filter; what is outside of it is 0, the mean colour.
+
+    images: float [..., height, width, 3], normalised; filters: float [..., 3 out, 3 in, side, side]. Returns float
+    [..., height, width, 3].
+    """
+    height, width = images.shape[-3:-1]
+    planes = images.flatten(0, -4).permute(0, 3, 1, 2).reshape(1, -1, height, width)
+    kernels = filters.flatten(0, -4)  # [images * 3 out, 3 in, side, side]
+    made = functional.conv2d(planes, kernels, padding=kernels.shape[-1] // 2, groups=len(kernels) // 3)
+    return made.view(-1, 3, height, width).permute(0, 2, 3, 1).reshape(images.shape)
