@@ -63,7 +63,7 @@ class ImageTower(_Tower):
         ge=0,
         description="with tune = last, projection or nothing: of each image so many views are drawn and go through "
         "what does not learn once, before the first step; what that gives is kept on disk, and steps pay nothing for "
-        "it; 0 = none are kept",
+        "it; 0 = none are kept, nor are any of views that differ in kind or are convolved",
     )
     image_size: int = Field(64, gt=0, description="side of the image views in pixels")
     layers: int | list[int] = Field(6, description="blocks of a ViT; four numbers make a ResNet of those stages")

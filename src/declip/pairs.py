@@ -172,8 +172,8 @@ class Data(Section):
     retries: int = Field(5, ge=0, description="how often a failed read from a remote place is tried again")
     broken_limit: float = Field(0.01, ge=0, le=1, description="stop when more than this share of the pairs is broken")
 
-    @property
-    def convolves(self) -> bool:
-        """Whether the training step has views to convolve."""
-        kinds = self.images, self.second_images, self.strong_images
-        return any(views is not None and views.convolve for views in kinds)
+    @model_validator(mode="after")
+    def _small_crops_are_not_convolved(self) -> Data:
+        if self.local_images.convolve:
+            raise ValueError("local_images.convolve: small crops are not convolved; set data.images.convolve")
+        return self

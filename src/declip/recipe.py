@@ -108,8 +108,6 @@ class Recipe(Section):
         if self.wants_normed_tokens and "token_wise" in active:
             other = "text_conditioned" if "text_conditioned" in active else "teacher_contrast.cross_attention"
             raise ValueError(f"terms.{other} and terms.token_wise want other tokens: leave one out")
-        if self.data.local_images.convolve:
-            raise ValueError("data.local_images.convolve is for whole views only: set data.images.convolve")
         if self.data.mix and (odd := sorted(active.keys() - MIXED)):
             raise ValueError(f"data.mix does not go with terms.{odd[0]}: leave one of them out")
         if self.data.mix and self.schedule.batch_size % 2:

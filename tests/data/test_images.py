@@ -16,17 +16,7 @@ from torchvision.transforms import functional
 from declip.data import images
 from declip.data.colours import Jitter
 from declip.data.decode import Pixels, decode_image
-from declip.data.images import (
-    STRONG,
-    WEAK,
-    View,
-    draw_view,
-    eval_view,
-    make_view,
-    make_views,
-    no_filter,
-    random_view,
-)
+from declip.data.images import STRONG, WEAK, View, draw_view, eval_view, make_view, make_views, random_view
 from declip.pairs import ImageViews
 
 # Evaluation view
@@ -208,26 +198,6 @@ def test_views_are_contiguous_and_leave_the_image_alone(views: ImageViews, size:
         assert view.flags.c_contiguous
         assert view.flags.writeable
     np.testing.assert_array_equal(image, before)
-
-
-def test_filters_are_drawn_as_described() -> None:
-    """A share of the view itself, uniform, and the rest of a normal kernel of variance 1 over its numbers."""
-    rng, views = np.random.default_rng(0), ImageViews(convolve=1.0)
-    drawn = np.stack([draw_view(8, 8, views, rng).filter for _ in range(3000)])  # type: ignore[arg-type]
-    sides = np.array([1, 3, 5])[((drawn != 0).any((1, 2)).sum((1, 2))[:, None] > [1, 9]).sum(1)]
-    own = no_filter() > 0
-    for side in (1, 3, 5):
-        kernels = drawn[sides == side]
-        first = (5 - side) // 2
-        assert 900 < len(kernels) < 1100
-        within = np.zeros((5, 5), bool)
-        within[first : first + side, first : first + side] = True
-        assert not kernels[:, :, :, ~within].any()
-        others = kernels[:, within & ~own]
-        assert abs(others.mean()) < 0.02
-        assert others.var() == pytest.approx(1 / 3 / (3 * side**2), rel=0.1)  # the mean of (1 - share)² is a third
-        assert kernels[:, own].mean() == pytest.approx(0.5, abs=0.03)
-    assert draw_view(8, 8, ImageViews(), rng).filter is None
 
 
 def test_views_depend_on_the_generator_alone() -> None:

@@ -15,7 +15,7 @@ from loading import MakeRecipe, assert_same, batches, captions_of, maker
 from declip.data.batch import send
 from declip.data.decode import decode_image
 from declip.data.decoded import open_images
-from declip.data.images import no_filter
+from declip.data.filters import draw_filter, no_filter
 from declip.data.loader import BatchMaker, make_loader
 from declip.data.sources import open_sources
 from declip.data.tokenizer import MASK_ID, SOT, Tokenizer
@@ -63,29 +63,59 @@ def test_shares_of_mixed_pictures(tiny: MakeRecipe) -> None:
 
 def test_filters_of_convolved_views(tiny: MakeRecipe) -> None:
     """Drawn for each view, the same again, on all ranks and wherever colours change; the views are as ever."""
-    recipe = tiny("clip", "data.images.convolve=0.5", "terms.contrastive.images=2")
+    given = ["data.images.convolve=0.5", "data.images.jitter=0.8", "terms.contrastive.images=2"]
+    recipe = tiny("clip", *given)
     made = batches(recipe)
     filters = torch.stack([batch.filters for batch in made if batch.filters is not None])
     assert filters.shape == (len(made), 2, 8, 3, 3, 5, 5)
     for batch, again in zip(batches(recipe, workers=1), made, strict=True):
         assert_same(batch, again)
-    each = filters.flatten(0, 2)
-    plain = (each == torch.from_numpy(no_filter())).flatten(1).all(1)
-    assert 0.3 < plain.float().mean() < 0.7
-    assert len(each[~plain].unique(dim=0)) == (~plain).sum()
     whole = maker(recipe)
     halves = [
         BatchMaker(whole.images, recipe, whole.size, whole.context_length, rank=rank, ranks=2).make(3).filters
         for rank in range(2)
     ]
     assert torch.equal(torch.cat([half for half in halves if half is not None], 1), filters[3])
-    without = maker(tiny("clip", "terms.contrastive.images=2")).make(0)
-    assert without.filters is None
-    assert torch.equal(without.images[0], made[0].images[0])
-    second = maker(tiny("clip", "terms.contrastive.images=2", "data.second_images={convolve=1.0}")).make(0)
-    assert second.filters is not None
-    assert (second.filters[0] == torch.from_numpy(no_filter())).all()
-    assert not (second.filters[1] == torch.from_numpy(no_filter())).flatten(1).all(1).any()
+    crops = maker(tiny("clip", *given, "data.augment_on=device")).make(3)
+    assert crops.draws is not None
+    assert crops.filters is not None
+    assert torch.equal(crops.filters, filters[3])
+    plain = maker(tiny("clip", *given[1:])).make(0)
+    assert plain.filters is None
+    assert torch.equal(plain.images, made[0].images)
+
+
+def test_which_views_are_convolved(tiny: MakeRecipe) -> None:
+    """Those that the recipe says, and no batch has filters where none is."""
+    nothing = torch.from_numpy(no_filter())
+
+    def changed(*overrides: str) -> list[float] | None:
+        filters = maker(tiny("clip", *overrides)).make(0).filters
+        return None if filters is None else (filters != nothing).flatten(2).any(2).float().mean(1).tolist()
+
+    two = "terms.contrastive.images=2"
+    assert changed(two) is None
+    assert changed(two, "data.images.convolve=1.0") == [1, 1]
+    assert changed(two, "data.second_images={convolve=1.0}") == [0, 1]
+    assert changed("data.second_images={convolve=1.0}") is None
+    assert changed("terms.simsiam.weight=1", "data.strong_images={convolve=1.0}") == [0, 1, 1]
+
+
+def test_filters_are_drawn_as_described() -> None:
+    """A share of the view itself, uniform, and the rest of a normal kernel of variance 1 over its numbers."""
+    rng, own = np.random.default_rng(0), no_filter() > 0
+    drawn = np.stack([draw_filter(rng) for _ in range(3000)])
+    sides = np.array([1, 3, 5])[((drawn != 0).any((1, 2)).sum((1, 2))[:, None] > [1, 9]).sum(1)]
+    for side in (1, 3, 5):
+        kernels, first = drawn[sides == side], (5 - side) // 2
+        assert 900 < len(kernels) < 1100
+        within = np.zeros((5, 5), bool)
+        within[first : first + side, first : first + side] = True
+        assert not kernels[:, :, :, ~within].any()
+        others = kernels[:, within & ~own]
+        assert abs(others.mean()) < 0.02
+        assert others.var() == pytest.approx(1 / 3 / (3 * side**2), rel=0.1)  # the mean of (1 - share)² is a third
+        assert kernels[:, own].mean() == pytest.approx(0.5, abs=0.03)
 
 
 def test_shapes(tiny: MakeRecipe) -> None:

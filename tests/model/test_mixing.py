@@ -8,7 +8,8 @@ import pytest
 import torch
 from loading import MakeRecipe, maker
 
-from declip.data.images import no_filter
+from declip.data.filters import no_filter
+from declip.model import mixing
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image
 from declip.model.mixing import convolved, mixed, of_partners
@@ -39,8 +40,10 @@ def test_towers_see_mixed_pixels(micro_batch: int | None, tiny: MakeRecipe) -> N
     torch.testing.assert_close(model(replace(batch, own_share=1.0)).image, plain)
 
 
-def test_a_convolution_is_its_sum() -> None:
+@pytest.mark.parametrize("pixels", [2**23, 48], ids=["whole", "in parts"])
+def test_a_convolution_is_its_sum(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a loop over pixels: the cross-correlation that the field calls convolution, zeros around."""
+    monkeypatch.setattr(mixing, "_PIXELS_AT_A_TIME", pixels)
     torch.manual_seed(0)
     images, filters = torch.randn(2, 3, 4, 6, 3), torch.randn(2, 3, 3, 3, 5, 5)
     found = convolved(images, filters)
@@ -54,13 +57,13 @@ def test_a_convolution_is_its_sum() -> None:
                     expected += filters[view, row, :, :, down + 2, across + 2] @ pixel
         torch.testing.assert_close(found[view, row, top, left], expected, rtol=1e-4, atol=1e-5)
     nothing = torch.from_numpy(no_filter()).expand(2, 3, -1, -1, -1, -1)
-    torch.testing.assert_close(convolved(images, nothing), images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(convolved(images, nothing), images)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 3])
-def test_towers_see_convolved_pixels(micro_batch: int | None, tiny: MakeRecipe) -> None:
-    given = ["data.images.convolve=0.5", "terms.contrastive.images=2", f"engine.micro_batch={micro_batch or 'none'}"]
-    recipe = tiny("clip", *given)
+@pytest.mark.parametrize("more", [[], ["engine.micro_batch=3"], ["model.views_apart=true"]], ids=str)
+def test_towers_see_convolved_pixels(more: list[str], tiny: MakeRecipe) -> None:
+    recipe = tiny("clip", "data.images.convolve=0.5", "terms.contrastive.images=2", *more)
     torch.manual_seed(0)
     model, batch = DualEncoder(recipe), maker(recipe).make(0)
     assert batch.filters is not None
@@ -73,3 +76,8 @@ def test_towers_see_convolved_pixels(micro_batch: int | None, tiny: MakeRecipe) 
     plain = model(replace(batch, filters=None)).image
     assert not torch.allclose(plain, found)
     torch.testing.assert_close(model(batch.part(1, ["caption"])).image, found[:1], rtol=1e-4, atol=1e-5)
+    partners = replace(batch, own_share=0.7)
+    expected = mixed(pixels, 0.7)[1].permute(0, 3, 1, 2)
+    torch.testing.assert_close(
+        model(partners).image[1], encode_image(model.clip, expected).embedding, rtol=1e-4, atol=1e-5
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,18 +87,33 @@ def test_what_is_set_aside_is_never_seen(tmp_path: Path, by: Literal["key", "pic
 
 
 def test_a_key_of_several_sources_is_held_out_of_all(tmp_path: Path) -> None:
-    """Three keys of four are in both sources; a share of each is held out."""
-    parts = [
+    """Also what is set aside; each source draws its share among other keys, so that alone they would not agree."""
+    ranges = {"a": range(400), "b": range(300, 360), "c": range(350, 366)}
+    paths = [
         write_pairs(tmp_path / f"{name}.parquet", [pair(number) for number in numbers])
-        for name, numbers in {"a": range(40), "b": range(10, 50), "c": range(10, 14)}.items()
+        for name, numbers in ranges.items()
     ]
-    data = Data(train=[str(part) for part in parts], weights=[1, 1, 1], holdout=0.3, workers=0)
+    data = Data(train=[str(path) for path in paths], weights=[1, 1, 1], set_aside=0.2, holdout=0.3, workers=0)
     train, held = open_pairs(data)
     assert held is not None
-    assert not set(keys(train)) & set(keys(held))
-    assert len(train) + len(held) == 84
-    for part in (keys(open_pairs(Data(train=str(path), holdout=0))[0]) for path in parts[:2]):
-        assert 0.3 * len(part) <= len(set(part) & set(keys(held))) <= 0.5 * len(part)
+    sides = [keys(train), keys(held), keys(pairs_set_aside(data))]
+    assert sum(map(len, sides)) == 476
+    for one, other in itertools.combinations(map(set, sides), 2):
+        assert not one & other
+    for numbers in ranges.values():  # a fifth, then three tenths of what is left, of each
+        own = [sum(key in {f"k{number}" for number in numbers} for key in set(side)) for side in sides]
+        assert own[2] >= 0.2 * len(numbers) - 1
+        assert own[1] >= 0.24 * len(numbers) - 1
+
+
+def test_row_numbers_of_several_sources_say_nothing(tmp_path: Path) -> None:
+    rows = [{name: value for name, value in pair(number).items() if name != "key"} for number in range(440)]
+    paths = [write_pairs(tmp_path / "a.parquet", rows[:400]), write_pairs(tmp_path / "b.parquet", rows[400:])]
+    alone = [open_pairs(Data(train=str(path), holdout=0.1))[1] for path in paths]
+    _, held = open_pairs(Data(train=[str(path) for path in paths], weights=[1, 1], holdout=0.1))
+    assert held is not None
+    assert keys(held) == [key for one in alone if one is not None for key in keys(one)]
+    assert len(held) == 44
 
 
 def test_pictures_are_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

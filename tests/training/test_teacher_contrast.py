@@ -114,7 +114,7 @@ def test_a_half_life_is_one(tiny: MakeRecipe) -> None:
             "teacher_contrast.cross_attention and terms.token_wise want other tokens: leave one out",
         ),
         ([*TAUGHT, "terms.teacher_contrast.local_images=2", "data.augment_on=device"], "are made by data.augment_on"),
-        (["data.local_images.convolve=0.5"], "is for whole views only"),
+        (["data.local_images.convolve=0.5"], "small crops are not convolved"),
         ([*TAUGHT, "data.mix=0.2"], "data.mix does not go with terms.teacher_contrast"),
     ],
 )
@@ -170,12 +170,13 @@ def test_positions_for_another_grid(wanted: tuple[int, int]) -> None:
         (["terms.teacher_contrast.local_images=2"], []),
         (["terms.teacher_contrast.cross_attention=true"], []),
         (["data.second_images.grayscale=1.0"], []),
+        (["data.images.convolve=0.5"], []),
     ],
 )
 def test_what_is_kept_of_resting_towers_are_views_of_one_kind(
     tiny: MakeRecipe, more: list[str], kept: list[str]
 ) -> None:
-    """Small crops, other second views and tokens go through the tower at each step."""
+    """Small crops, other second views, convolved ones and tokens go through the tower at each step."""
     assert kept_parts(tiny("clip", *TAUGHT, "model.image.tune=projection", *more)) == kept
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
 
@@ -37,10 +36,6 @@ STRONG = ImageViews(
 )
 """MOCOV2, the published view of DeCLIP, DeFILIP and FILIP (Chen et al. 2020, arXiv:2003.04297)."""
 
-FILTER = 5
-"""Side of the kernel of `View.filter`, in pixels."""
-_FILTERS = (1, 3, FILTER)
-
 _ORDERS = tuple(permutations(range(4)))
 
 
@@ -52,7 +47,6 @@ class View(NamedTuple):
     grayscale: bool = False
     sigma: float | None = None  # radius of the blur in pixels
     flip: bool = False
-    filter: NDArray[np.float32] | None = None  # [3 out, 3 in, FILTER, FILTER], for the training step to convolve with
 
 
 def eval_view(image: Pixels, size: int) -> Pixels:
@@ -76,8 +70,7 @@ def eval_view(image: Pixels, size: int) -> Pixels:
 def random_view(image: Pixels, size: int, views: ImageViews, rng: np.random.Generator) -> Pixels:
     """A random view of an image ``[height, width, 3]``: ``[size, size, 3]``, contiguous.
 
-    In the published order: random resized crop, colour jitter, grayscale, Gaussian blur, horizontal flip. A random
-    convolution (`ImageViews.convolve`) is left to the training step.
+    In the published order: random resized crop, colour jitter, grayscale, Gaussian blur, horizontal flip.
     All that is random comes from `rng`.
     """
     return make_view(image, size, draw_view(image.shape[0], image.shape[1], views, rng))
@@ -121,19 +114,17 @@ def _reduced(view: View, reduction: int) -> View:
 
 def draw_view(height: int, width: int, views: ImageViews, rng: np.random.Generator) -> View:
     """Draw what a random view of a `height` x `width` image does, as torchvision's transforms draw it."""
-    view = View(_draw_box(height, width, views, rng))
-    if views.jitter or views.grayscale or views.blur or views.flip:
-        draws = rng.random(10).tolist()
-        view = View(
-            view.box,
-            _draw_jitter(views, draws[5:]) if draws[0] < views.jitter else None,
-            draws[1] < views.grayscale,
-            _between(views.blur_sigma, draws[3]) if draws[2] < views.blur else None,
-            draws[4] < views.flip,
-        )
-    if views.convolve and rng.random() < views.convolve:
-        view = view._replace(filter=_draw_filter(rng))
-    return view
+    box = _draw_box(height, width, views, rng)
+    if not (views.jitter or views.grayscale or views.blur or views.flip):
+        return View(box)
+    draws = rng.random(10).tolist()
+    return View(
+        box,
+        _draw_jitter(views, draws[5:]) if draws[0] < views.jitter else None,
+        draws[1] < views.grayscale,
+        _between(views.blur_sigma, draws[3]) if draws[2] < views.blur else None,
+        draws[4] < views.flip,
+    )
 
 
 def _between(interval: tuple[float, float], share: float) -> float:
@@ -179,26 +170,6 @@ def _draw_jitter(views: ImageViews, draws: list[float]) -> Jitter:
         _between((-views.hue, views.hue), draws[3]),
         _ORDERS[int(draws[4] * len(_ORDERS))],
     )
-
-
-def no_filter() -> NDArray[np.float32]:
-    """The filter that changes nothing: float32 [3, 3, FILTER, FILTER]."""
-    kernel = np.zeros((3, 3, FILTER, FILTER), np.float32)
-    kernel[range(3), range(3), FILTER // 2, FILTER // 2] = 1
-    return kernel
-
-
-def _draw_filter(rng: np.random.Generator) -> NDArray[np.float32]:
-    """RandConv (Xu et al. 2021, arXiv:2007.13003): a random share of the view itself, the rest of its convolution.
-
-    The kernel is normal, by He's rule but for the factor of 2: the convolution of pixels of unit variance has it too.
-    """
-    side = _FILTERS[rng.integers(len(_FILTERS))]
-    weights = rng.standard_normal((3, 3, side, side), np.float32) / math.sqrt(3 * side * side)
-    own, first = rng.random(), (FILTER - side) // 2
-    kernel = np.float32(own) * no_filter()
-    kernel[:, :, first : first + side, first : first + side] += np.float32(1 - own) * weights
-    return kernel
 
 
 def make_view(image: Pixels, size: int, view: View) -> Pixels:

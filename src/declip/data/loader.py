@@ -18,7 +18,7 @@ from declip.data.batch import Batch
 from declip.data.captions import NO_LABEL, lengthen, tokenize, tokenize_masked
 from declip.data.decoded import Images
 from declip.data.device_views import DRAWS, pack
-from declip.data.images import no_filter
+from declip.data.filters import draw_filter, no_filter
 from declip.data.kept import Kept, States
 from declip.data.order import BatchOrder, Mixture, Order
 from declip.data.pool import joined, sentences, singles
@@ -65,7 +65,6 @@ class BatchMaker(Dataset[Batch | InputError]):
         self.image_views += [strong] * (recipe.image_views - recipe.pair_views)
         self.local_views, self.local_size = [recipe.data.local_images] * recipe.local_views, local_size
         self.sizes = [image_size] * len(self.image_views) + [local_size] * len(self.local_views)
-        self.convolves = recipe.data.convolves and self.kept.images is None
         self.crops_only = recipe.data.augment_on == "device" and self.kept.images is None
         self.single = [number for number, view in enumerate(self.text_views) if view in get_args(SingleView)]
         self.joined = [number for number, view in enumerate(self.text_views) if view in get_args(JoinedView)]
@@ -117,7 +116,6 @@ class BatchMaker(Dataset[Batch | InputError]):
         images = np.empty((*of_all, *((self.size, self.size) if self.kept.images is None else (0, 0)), 3), np.uint8)
         kept = None if self.kept.images is None else np.empty((*of_all, *self.kept.images.shape[2:]), np.float16)
         draws = np.empty((*images.shape[:2], DRAWS), np.float32) if self.crops_only else None
-        filters = np.tile(no_filter(), (*of_all, 1, 1, 1, 1)) if self.convolves else None
         local = np.empty((len(self.local_views), len(self.rows), self.local_size, self.local_size, 3), np.uint8)
         items = self.order.batch(number)
         # With pool=each an item is a caption, and the pair is the one that it belongs to.
@@ -142,8 +140,6 @@ class BatchMaker(Dataset[Batch | InputError]):
                 images[which, row] = pixels
                 if draws is not None:
                     draws[which, row] = pack(view)
-                if filters is not None and view.filter is not None:
-                    filters[which, row] = view.filter
         nothing: tuple[np.ndarray, None] = np.empty((1, len(self.rows), 0), np.int64), None
         tokens, labels = nothing if self.kept.replaces_tokens else self._texts(captions, rngs)
         ids = None
@@ -165,12 +161,25 @@ class BatchMaker(Dataset[Batch | InputError]):
             kept_texts=None
             if self.kept.texts is None
             else torch.from_numpy(self.kept.captions(shown, tokens.shape[2])[None]),
-            filters=None if filters is None else torch.from_numpy(filters),
+            filters=self._filters(first),
             own_share=self._own_share(number),
             teacher_images=_rows(self.kept.teacher_images, pairs),
             teacher_texts=_rows(self.kept.teacher_texts, shown),
             local_images=torch.from_numpy(local) if self.local_views else None,
         )
+
+    def _filters(self, first: int) -> torch.Tensor | None:
+        """Of all views of the batch at place `first`; from a stream of their own, so that views stay as they are."""
+        shares = [views.convolve for views in self.image_views]
+        if not any(shares) or self.kept.images is not None:
+            return None
+        filters = np.tile(no_filter(), (len(shares), len(self.rows), 1, 1, 1, 1))
+        for row, place in enumerate(self.rows):
+            rng = np.random.default_rng([self.recipe.seed, first + place, 4])
+            for which, share in enumerate(shares):
+                if rng.random() < share:
+                    filters[which, row] = draw_filter(rng)
+        return torch.from_numpy(filters)
 
     def _own_share(self, number: int) -> float | None:
         """Of the images of global batch `number`: the same on all ranks."""

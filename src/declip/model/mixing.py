@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Images are taken through in parts of so many pixels (167 images of 224 x 224), so that the memory for it does not grow
+# with the batch.
+_PIXELS_AT_A_TIME = 2**23
+
 
 def of_partners(rows: Tensor, dim: int = 0) -> Tensor:
     """Each row's partner in its place: the first and the second are partners, the third and the fourth, …
@@ -31,11 +35,19 @@ def mixed(images: Tensor, share: float) -> Tensor:
 def convolved(images: Tensor, filters: Tensor) -> Tensor:
     """Each image convolved with its own filter; what is outside of it is 0, the mean colour.
 
-    images: float [..., height, width, 3], normalised; filters: float [..., 3 out, 3 in, side, side]. Returns float
-    [..., height, width, 3].
+    images: float [..., height, width, 3], normalised; filters: float32 [..., 3 out, 3 in, side, side]. Returns float32
+    [..., height, width, 3]; also under autocast, so that a filter that changes nothing changes nothing.
     """
     height, width = images.shape[-3:-1]
-    planes = images.flatten(0, -4).permute(0, 3, 1, 2).reshape(1, -1, height, width)
-    kernels = filters.flatten(0, -4)  # [images * 3 out, 3 in, side, side]
-    made = functional.conv2d(planes, kernels, padding=kernels.shape[-1] // 2, groups=len(kernels) // 3)
-    return made.view(-1, 3, height, width).permute(0, 2, 3, 1).reshape(images.shape)
+    at_a_time = max(1, _PIXELS_AT_A_TIME // (height * width))
+    flat = torch.split(images.float().flatten(0, -4), at_a_time), torch.split(filters.flatten(0, -5), at_a_time)
+    with torch.autocast(images.device.type, enabled=False):
+        return torch.cat([_convolved(*part) for part in zip(*flat, strict=True)]).view(images.shape)
+
+
+def _convolved(images: Tensor, filters: Tensor) -> Tensor:
+    """[batch, height, width, 3] and [batch, 3, 3, side, side]"""
+    batch, height, width, _ = images.shape
+    planes = images.permute(0, 3, 1, 2).reshape(1, batch * 3, height, width)
+    made = functional.conv2d(planes, filters.flatten(0, 1), padding=filters.shape[-1] // 2, groups=batch)
+    return made.view(batch, 3, height, width).permute(0, 2, 3, 1).contiguous()

@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from declip.data.batch import Batch
-from declip.data.images import no_filter
 from declip.model.dual_encoder import DualEncoder
 from declip.recipe import Recipe
 
@@ -58,7 +57,6 @@ def pair_flops(recipe: Recipe, tokens: int) -> float:
             text_views=tuple(recipe.text_views),
             labels=None,
             sample_ids=torch.arange(pairs),
-            filters=torch.zeros(recipe.image_views, pairs, *no_filter().shape) if recipe.data.convolves else None,
             local_images=torch.zeros(recipe.local_views, pairs, *[model.local_size] * 2, 3, dtype=torch.uint8)
             if recipe.local_views
             else None,

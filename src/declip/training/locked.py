@@ -46,7 +46,7 @@ def kept_parts(recipe: Recipe) -> list[Part]:
     compared = "token_wise" in recipe.terms.active() or recipe.wants_normed_tokens
     resting = {*(() if compared else LOCKED), *(() if whole else ("last",))}
     alike = data.second_images is None and not recipe.local_views and not recipe.wants_normed_tokens
-    alike = alike and not data.images.convolve  # of pixels, in the step
+    alike = alike and not data.images.convolve  # done to pixels anew at each step
     alike = alike and (data.strong_images is None or recipe.image_views == recipe.pair_views)
     found: list[Part] = []
     if model.image.tune in resting and model.image.views_kept and alike:

@@ -65,33 +65,45 @@ def pairs_set_aside(data: Data) -> Source:
 
 
 def _parts(data: Data) -> list[Source]:
-    """All training pairs; with weights every source keeps pairs of its own, and is split by itself."""
+    """All training pairs; with weights every source keeps pairs of its own, and a share of each is held out."""
     return [open_sources(specs, data) for specs in ([[spec] for spec in data.train] if data.weights else [data.train])]
 
 
 def _split(parts: list[Source], data: Data, share: float, seed: int) -> tuple[list[Source], Source]:
-    """What is left of each part, and a share of all; no key of a part, or by picture no picture, is in both."""
-    source = joined(parts)
-    if data.holdout_by == "key":
-        splits = [split_holdout(part, share, seed) for part in parts]
-        if len(parts) == 1 or len(source) > BY_KEY:
-            return [kept for kept, _ in splits], joined([out for _, out in splits])
-        # A key may be in several parts, and each part has a threshold of its own.
-        out = {held.key(index) for _, held in splits for index in range(len(held))}
-        chosen = np.array([index for index in range(len(source)) if source.key(index) in out], np.int64)
-    else:
-        chosen = hold_out_groups(source, share, seed, groups_of_pictures(source, data))
-    ends = np.cumsum([len(part) for part in parts])
-    kept: list[Source] = []
-    held: list[Source] = []
-    for part, end in zip(parts, ends.tolist(), strict=True):
-        start = end - len(part)
-        own = chosen[(chosen >= start) & (chosen < end)] - start
+    """What is left of each part, and a share of all; no key, or by picture no picture, is on both sides."""
+    by_key = data.holdout_by == "key"
+    chosen = _chosen_by_key(parts, share, seed) if by_key else _chosen_by_picture(parts, data, share, seed)
+    for part, own in zip(parts, chosen, strict=True):
         if len(own) == len(part):
             raise InputError(f"All {len(part)} pairs of {part.name} would be held out: give data.validation.")
-        kept.append(Without(part, own))
-        held += [Subset(part, own)] if len(own) else []
-    return kept, joined(held)
+    pieces = list(zip(parts, chosen, strict=True))
+    return [Without(part, own) for part, own in pieces], joined([Subset(part, own) for part, own in pieces if len(own)])
+
+
+def _chosen_by_key(parts: list[Source], share: float, seed: int) -> list[NDArray[np.int64]]:
+    """Indices of what is held out of each part: a share of it, and what has a key that is held out of another.
+
+    Keys that are only row numbers say nothing of other parts, and of parts above BY_KEY not all keys are read.
+    """
+    held = [split_holdout(part, share, seed)[1] for part in parts]
+    if len(parts) == 1:
+        return [held[0].indices]
+    out = {of.key(index) for part, of in zip(parts, held, strict=True) if part.named for index in range(len(of))}
+    return [
+        np.array([index for index in range(len(part)) if part.key(index) in out], np.int64)
+        if part.named and len(part) <= BY_KEY
+        else of.indices
+        for part, of in zip(parts, held, strict=True)
+    ]
+
+
+def _chosen_by_picture(parts: list[Source], data: Data, share: float, seed: int) -> list[NDArray[np.int64]]:
+    """As `_chosen_by_key`, of all parts together, copies of a picture on one side."""
+    source = joined(parts)
+    chosen = hold_out_groups(source, share, seed, groups_of_pictures(source, data))
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+    ends = np.searchsorted(chosen, starts)
+    return [chosen[ends[i] : ends[i + 1]] - starts[i] for i in range(len(parts))]
 
 
 def groups_of_pictures(source: Source, data: Data, progress: Progress | None = None) -> NDArray[np.int64]:
