@@ -8,8 +8,8 @@ import pytest
 import torch
 from loading import MakeRecipe, maker
 
+from declip.data import device_views
 from declip.data.filters import no_filter
-from declip.model import mixing
 from declip.model.dual_encoder import DualEncoder
 from declip.model.image_tower import encode_image
 from declip.model.mixing import convolved, mixed, of_partners
@@ -43,7 +43,7 @@ def test_towers_see_mixed_pixels(micro_batch: int | None, tiny: MakeRecipe) -> N
 @pytest.mark.parametrize("pixels", [2**23, 48], ids=["whole", "in parts"])
 def test_a_convolution_is_its_sum(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a loop over pixels: the cross-correlation that the field calls convolution, zeros around."""
-    monkeypatch.setattr(mixing, "_PIXELS_AT_A_TIME", pixels)
+    monkeypatch.setattr(device_views, "_PIXELS_AT_A_TIME", pixels)
     torch.manual_seed(0)
     images, filters = torch.randn(2, 3, 4, 6, 3), torch.randn(2, 3, 3, 3, 5, 5)
     found = convolved(images, filters)

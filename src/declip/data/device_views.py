@@ -49,11 +49,17 @@ def augment(crops: Tensor, draws: Tensor) -> Tensor:
 
     draws: float32 [..., DRAWS] on the CPU, `pack` of each view
     """
-    size = crops.shape[-2]
-    at_a_time = max(1, _PIXELS_AT_A_TIME // size**2)
-    flat = crops.flatten(0, -4), draws.flatten(0, -2)
-    parts = zip(*(torch.split(each, at_a_time) for each in flat), strict=True)
-    return torch.cat([_augment(*part) for part in parts]).view(crops.shape)
+    return in_parts(_augment, crops, draws.flatten(0, -2))
+
+
+def in_parts(make: Callable[[Tensor, Tensor], Tensor], images: Tensor, numbers: Tensor) -> Tensor:
+    """`make(images, numbers)` of images [..., height, width, 3], some at a time: the same shape.
+
+    numbers: [images, ...], what `make` takes beside [images, height, width, 3]
+    """
+    at_a_time = max(1, _PIXELS_AT_A_TIME // (images.shape[-3] * images.shape[-2]))
+    parts = zip(torch.split(images.flatten(0, -4), at_a_time), torch.split(numbers, at_a_time), strict=True)
+    return torch.cat([make(*part) for part in parts]).view(images.shape)
 
 
 def _augment(crops: Tensor, draws: Tensor) -> Tensor:

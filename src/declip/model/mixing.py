@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Images are taken through in parts of so many pixels (167 images of 224 x 224), so that the memory for it does not grow
-# with the batch.
-_PIXELS_AT_A_TIME = 2**23
+from declip.data.device_views import in_parts
 
 
 def of_partners(rows: Tensor, dim: int = 0) -> Tensor:
@@ -38,11 +36,8 @@ def convolved(images: Tensor, filters: Tensor) -> Tensor:
     images: float [..., height, width, 3], normalised; filters: float32 [..., 3 out, 3 in, side, side]. Returns float32
     [..., height, width, 3]; also under autocast, so that a filter that changes nothing changes nothing.
     """
-    height, width = images.shape[-3:-1]
-    at_a_time = max(1, _PIXELS_AT_A_TIME // (height * width))
-    flat = torch.split(images.float().flatten(0, -4), at_a_time), torch.split(filters.flatten(0, -5), at_a_time)
     with torch.autocast(images.device.type, enabled=False):
-        return torch.cat([_convolved(*part) for part in zip(*flat, strict=True)]).view(images.shape)
+        return in_parts(_convolved, images.float(), filters.flatten(0, -5))
 
 
 def _convolved(images: Tensor, filters: Tensor) -> Tensor:
