@@ -189,8 +189,7 @@ def _of_towers(facts: Facts, way: Way) -> Iterator[Choice]:
         yield Choice(f"model.{tower}.tune", "last", why)
         count = max(1, round(way.last[tower] * layers))
         yield Choice(f"model.{tower}.tune_layers", count, f"of {layers}")
-        if tower == "image":
-            views = _views_kept(facts)
+        if tower == "image" and (views := _views_kept(facts)):
             why = "as many as are each seen twice at least" if views < VIEWS else "each is seen in several epochs"
             yield Choice("model.image.views_kept", views, why)
     if not facts.joint:
@@ -297,14 +296,23 @@ def is_short(facts: Facts) -> bool:
 
 
 def _views_kept(facts: Facts) -> int:
-    """Views of an image that go through what rests of its tower: few enough that the epochs left see each twice."""
+    """Views of an image that go through what rests of its tower: few enough that the epochs left see each twice.
+
+    None where its views differ in kind or are convolved, which are not kept.
+    """
+    if facts.said.get("data.images.convolve") or any(path.startswith("data.second_images") for path in facts.said):
+        return 0
     return next((views for views in range(VIEWS, 1, -1) if _epochs_left(facts, views) >= 2 * views), 1)
 
 
 def _epochs_left(facts: Facts, views: int) -> float:
-    """Of the last layers, once so many views of each image, and its captions, have gone through what rests."""
+    """Of the last layers, once so many views of each image, and its captions, have gone through what rests.
+
+    Where no views are kept, one goes through it in each epoch.
+    """
     assert facts.passes is not None
-    return (facts.passes - VIEW * views - CAPTION * facts.captions) / LAST_LAYERS
+    left = facts.passes - VIEW * views - CAPTION * facts.captions
+    return left / (LAST_LAYERS if views else LAST_LAYERS + VIEW)
 
 
 def _batch(facts: Facts) -> int:
