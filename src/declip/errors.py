@@ -9,7 +9,11 @@ class InputError(Exception):
 
 
 class RunDiverged(InputError):
-    """A run that has diverged and shall not, or cannot, go on from an earlier step."""
+    """A run that has diverged and shall not, or cannot, go on from an earlier step: why, and what to do."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}: {advice}")
+        self.reason = reason
 
 
 def first_line(error: BaseException) -> str:

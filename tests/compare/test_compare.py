@@ -110,8 +110,33 @@ def test_a_diverged_cell_is_a_result(tiny: Callable[..., Recipe], tmp_path: Path
     (tmp_path / "recipe.toml").write_text(to_toml(recipe))
     found = run_cell(tmp_path / "recipe.toml", [str(tmp_path / "pairs.parquet")], tmp_path)
     assert found["status"] == "diverged"
-    assert "last good weights" in found["reason"]
+    assert "is not a number" in found["reason"] or "times" in found["reason"]
+    assert "checkpoints" not in found["reason"]  # which are gone with the cell
     assert "judged" not in found
+
+
+def test_a_method_that_diverges_is_shown_and_the_others_are_compared(
+    line: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At every rate of the search, in the grid and as a variant."""
+    lost = [f"tiny_declip:{change}" for change in ("optimizer.lr=1e30", "optimizer.clip_norm=0", "engine.skip_limit=0")]
+    variant = "tiny_clip optimizer.lr=1e30 optimizer.clip_norm=0 engine.skip_limit=0"
+    arguments = [*line("clip", "declip"), *lost, "--no-equal-compute", "--variant", variant]
+    arguments[arguments.index("--rates") + 1], arguments[arguments.index("--fractions") + 1] = "0.5,1", "1/4"
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    rows = {row.split()[1]: row for row in said.splitlines() if row.startswith("│")}
+    assert "diverged" in rows["tiny_declip"]
+    assert "Diverged, and not counted: tiny_declip, 1/4 of the pairs, seed 0: " in said
+    assert "checkpoints" not in said
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {one["method"] for one in result["lines"]} == {"tiny_clip"}
+    assert set(result["methods"][1]["rates"]["1/4"].values()) == {None}
+    assert [row["quality"] for row in result["ablation"]] == [None]
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    said = "".join(page.words)
+    assert "Diverged, and not counted: tiny_declip with 20 pairs (1), tiny_clip optimizer.lr=1e30" in said
+    assert "A pair is worth" not in said
 
 
 def test_wrong_input_of_a_cell_is_said_once(line: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:

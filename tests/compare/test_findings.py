@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from declip.compare.findings import Ran, find, line_json, outcomes
+from declip.compare.findings import Ran, chance, find, kept_score, line_json, outcomes
 from declip.compare.grid import Cell, Method
-from declip.compare.summary import headline, said_factor, said_interval, views_of
+from declip.compare.summary import headline, said_factor, said_interval, said_quality, views_of
 from declip.evaluation.retrieval import metrics_of_ranks
 from declip.recipe import Recipe
 
@@ -48,7 +48,7 @@ def ran(
             "held_out": [{"pairs": seen // 2, "score": held_out}, {"pairs": seen, "score": held_out / 2}],
             "losses": [{"pairs": seen, "loss": 1.0, "terms": {}, "neighbour_matches": 0.25}],
             "flops_per_pair": {"clip": 1.0}.get(method, 2.0),
-            "summary": {"seconds": 3.0},
+            "summary": {"seconds": 3.0, "pairs_seen": seen, "held_out_score": held_out},
             **found,
         },
     )
@@ -139,6 +139,47 @@ def test_a_diverged_cell_is_counted_and_not_averaged() -> None:
     assert [point.pairs for point in line.points] == [400]
 
 
+def test_a_run_that_was_stopped_early_has_seen_and_cost_less() -> None:
+    """Half of DeCLIP's runs stop at half: on average three quarters of the pairs, at 1.5 times CLIP's cost."""
+    stopped = {"seconds": 2.0, "pairs_seen": 500, "held_out_score": 1.0}
+    cells = [ran(m, f, s) for m in ("clip", "declip") for f in FRACTIONS for s in range(2)]
+    cells = [Ran(one.cell, {**one.found, "summary": stopped}) if i in (4, 6) else one for i, one in enumerate(cells)]
+    found = find(Grid(), cells, "mean")  # type: ignore[arg-type]
+    line = found.line("declip", "test", "pairs seen")
+    assert line is not None
+    points = line_json(line)["points"]
+    assert [(point["pairs_seen"], point["flops"]) for point in points] == [(750, 1500), (750, 1500)]
+    # At a length whose other run costs more than CLIP's, the one that stopped is not within CLIP's compute.
+    assert found.line("declip", "test", "compute") is None
+
+
+def test_the_score_of_a_run_is_that_of_the_weights_it_kept() -> None:
+    kept = {"seconds": 3.0, "pairs_seen": 1000, "held_out_score": 1.25}
+    assert Ran(ran("clip", Fraction(1), 0).cell, {"status": "done", "summary": kept}).held_out == 1.25
+    assert kept_score({"status": "diverged", "held_out": [{"score": 3.0}]}) == float("-inf")
+
+
+@pytest.mark.parametrize(("images", "captions"), [(50, 1), (30, 5), (4, 2)])
+def test_guessing(images: int, captions: int) -> None:
+    """Beside random orders of all texts and all images."""
+    rng, draws = np.random.default_rng(0), 4000
+    owner = np.repeat(np.arange(images), captions)
+    found = {"judged": {"test": {"image_of_text": owner.tolist()}}}
+    for metric, cutoffs in (("mean", (1, 5, 10)), ("r1", (1,)), ("r10", (10,))):
+        back = [np.flatnonzero(rng.permutation(owner) == 0)[0] for _ in range(draws)]
+        there = rng.integers(0, images, draws)
+        drawn = np.mean([50 * ((np.array(back) < k).mean() + (there < k).mean()) for k in cutoffs])
+        assert chance(found, "test", metric) == pytest.approx(drawn, abs=2)
+
+
+def test_a_variant_that_diverged_is_a_row_without_a_quality() -> None:
+    variant = Method("declip lr=1e30", "declip", ("optimizer.lr=1e30",), of="declip")
+    cells = [ran(m, f, s) for m in ("clip", "declip") for f in FRACTIONS for s in range(2)]
+    cells += [ran(variant.name, Fraction(1, 4), s, status="diverged", reason="") for s in range(2)]
+    rows = find(Grid(extras=[variant]), cells, "mean").ablation  # type: ignore[arg-type]
+    assert [(row["variant"], row["quality"], row["diverged"]) for row in rows] == [(variant.name, None, 2)]
+
+
 def test_an_ablation_is_beside_its_method_on_the_same_fraction() -> None:
     variant = Method("declip without simsiam", "declip", ("terms.simsiam.weight=0",), of="declip")
     cells = [ran(m, f, s, right=20) for m in ("clip", "declip") for f in FRACTIONS for s in range(2)]
@@ -157,9 +198,20 @@ def test_factors_in_words() -> None:
     assert said("exact", 2.04, 1.5, 3.2) == "×2.0 (1.5 to 3.2)"
     assert said("exact", 2.04, 1.5) == "×2.0 (1.5 or more)"
     assert said("more", 4.0, 2.5) == "more than ×4.0 (at least 2.5)"
+    assert said("more", 1.0) == "more than ×1.0 (not sure)"
     assert said("less", 0.8) == "less than ×0.80"
     assert said("unknown", None) == "–"
     assert said("exact", 1.47, 0.0, 2.3) == "×1.5 (up to 2.3)"
     assert said("exact", 1.47, 0.0, None) == "×1.5 (not sure)"
     assert said_factor(None) == "–"
     assert [said_interval(0.5, 2.0, 2), said_interval(0.0, 2.0, 2)] == ["0.50 to 2.00", "up to 2.00"]
+
+
+def test_qualities_in_words() -> None:
+    """How many of the runs say so where others diverged; nothing where none was run."""
+    result = {"diverged": [{"method": "declip", "fraction": "1/4"}]}
+    points = {"1": {"quality": 20.0, "by_seed": {0: 20, 1: 20}, "diverged": 1}}
+    said = [said_quality(result, *of, points) for of in (("declip", "1"), ("declip", "1/4"), ("clip", "1/4"))]
+    assert said == ["20.0 (2 of 3 runs)", "diverged", "–"]
+    points["1"]["diverged"] = 0
+    assert said_quality(result, "declip", "1", points) == "20.0"

@@ -12,7 +12,7 @@ from conftest import pair, write_pairs
 
 from declip.cli import main
 from declip.compare.grid import Asked, batch_for, parse_fractions, rate_between, rated, term_changes
-from declip.compare.prepare import Prepared, prepare
+from declip.compare.prepare import Prepared, caption_tokens, prepare
 from declip.compare.run import grid_cells, plan
 from declip.compare.search import rate_of, search_rates
 from declip.errors import InputError
@@ -73,7 +73,9 @@ def test_an_ablation_has_each_term_off_and_alone() -> None:
     assert len(off["contrastive alone"]) == 3
     assert len(off) == 7
     assert term_changes(load_recipe("clip")) == []
-    assert [name for name, _ in term_changes(load_recipe("slip"))] == ["without simclr", "contrastive alone"]
+    assert [name for name, _ in term_changes(load_recipe("slip"))] == ["without simclr"]
+    three = term_changes(load_recipe("declip", ["terms.simsiam.weight=0"]))
+    assert [name for name, _ in three] == ["without masked_language", "without nearest_neighbour", "contrastive alone"]
 
 
 def test_subsets_are_nested_and_held_out_pairs_are_the_same(asked: Callable[..., Asked]) -> None:
@@ -120,6 +122,25 @@ def test_a_costlier_method_also_runs_as_long_as_costs_the_same(asked: Callable[.
     assert {cell.recipe.seed for cell in cells} == {cell.recipe.data.fraction_seed for cell in cells} == {0, 1}
 
 
+def test_equal_compute_that_is_less_than_a_step_is_left_out(asked: Callable[..., Asked]) -> None:
+    prepared = prepare(asked(pairs_seen=8))
+    assert [prepared.lengths(method) for method in prepared.methods] == [[1.0], [1.0]]
+    assert prepared.notes == ["tiny_declip: as long as costs what the base costs is less than a step: left out."]
+
+
+def test_operations_are_counted_for_captions_as_long_as_a_batch_has(
+    asked: Callable[..., Asked], tmp_path: Path
+) -> None:
+    """All of a pair's captions are drawn, not the first alone, and what views join is longer still."""
+    words = [{**pair(n), "captions": ["one", "one two three four five six", "seven eight"]} for n in range(100)]
+    data = str(write_pairs(tmp_path / "long.parquet", words))
+    own = {"tiny_declip": ('terms.contrastive.texts=["joined","joined_2"]', "terms.masked_language.weight=0")}
+    prepared = prepare(asked(data=(data,), own=own, allow_overlap=True))
+    train = open_pairs(prepared.recipes["tiny_clip"].data)[0]
+    assert caption_tokens(train, prepared.recipes["tiny_clip"]) == 2 + 6
+    assert 2 + 6 < caption_tokens(train, prepared.recipes["tiny_declip"]) <= 2 + 6 + 2 + 2 + 1
+
+
 def search_rates_of(prepared: Prepared) -> Any:
     return {m.name: {f: {1.0: 0.0} for f in prepared.searched} for m in prepared.methods}
 
@@ -141,9 +162,12 @@ def test_cells_of_other_pairs_are_other_cells(asked: Callable[..., Asked], tmp_p
     before = prepare(asked())
     write_pairs(tmp_path / "test.parquet", [pair(n) for n in range(2000, 2020)])
     after = prepare(asked())
-    cells = [prepared.cell(prepared.base, Fraction(1), 0, 1.0, 1.0) for prepared in (before, after)]
-    assert cells[0].recipe == cells[1].recipe
-    assert cells[0].key != cells[1].key
+    # The same keys and captions, other pictures.
+    write_pairs(tmp_path / "test.parquet", [{**pair(n), "image": pair(n + 1)["image"]} for n in range(2000, 2020)])
+    pictures = prepare(asked())
+    cells = [prepared.cell(prepared.base, Fraction(1), 0, 1.0, 1.0) for prepared in (before, after, pictures)]
+    assert cells[0].recipe == cells[1].recipe == cells[2].recipe
+    assert len({cell.key for cell in cells}) == 3
 
 
 def test_small_fractions_shrink_the_batch_or_are_left_out_and_that_is_said(asked: Callable[..., Asked]) -> None:
@@ -181,6 +205,12 @@ def test_copies_are_set_aside_together_where_asked(asked: Callable[..., Asked], 
         ({"changes": ("data.fraction=0.5",)}, "the grid sets data.fraction itself; use --fractions"),
         ({"own": {"tiny_clip": ("seed=3",)}}, "the grid sets seed itself; use --seeds"),
         ({"ablate": ("slip",)}, "--ablate slip is not among the recipes compared"),
+        ({"ablate": ("tiny_clip",)}, "--ablate tiny_clip: it has one term"),
+        (
+            {"pairs_seen": 7},
+            "--pairs-seen 7 leaves tiny_clip 7 pairs at its shortest, less than a step of 8: give 8 or",
+        ),
+        ({"lengths": (0.25, 1.0), "pairs_seen": 16}, "leaves tiny_clip 4 pairs at its shortest, .* give 32 or more"),
         ({"variants": (("slip", ("data.mix=0.1",)),)}, "--variant slip is not among"),
         ({"variants": (("tiny_clip", ("data.fraction=0.1",)),)}, "the grid sets data.fraction itself"),
         ({"changes": ("data.holdout=0",)}, "No pairs are held out"),
@@ -222,9 +252,9 @@ def test_the_search_goes_beyond_its_ends_and_takes_the_best(asked: Callable[...,
     def run(cells: Any) -> dict[str, Any]:
         rounds.append([(cell.method, cell.rate) for cell in cells])
         return {
-            cell.key: {"status": "diverged", "held_out": []}
+            cell.key: {"status": "diverged"}
             if cell.method == "tiny_declip" and cell.rate >= 1
-            else {"status": "done", "held_out": [{"score": cell.rate}, {"score": 0.1}]}
+            else {"status": "done", "summary": {"held_out_score": cell.rate}, "held_out": [{"score": 99.0}]}
             for cell in cells
         }
 
@@ -235,5 +265,5 @@ def test_the_search_goes_beyond_its_ends_and_takes_the_best(asked: Callable[...,
     own = rates["tiny_declip"][Fraction(1)]
     assert own[1.0] == own[2.0] == float("-inf")
     assert rate_of(prepared, rates, prepared.methods[1], Fraction(1)) == 0.5
-    with pytest.raises(InputError, match="diverges at every learning rate"):
-        search_rates(prepared, lambda cells: {cell.key: {"status": "diverged", "held_out": []} for cell in cells})
+    lost = search_rates(prepared, lambda cells: {cell.key: {"status": "diverged"} for cell in cells})
+    assert rate_of(prepared, lost, prepared.base, Fraction(1, 2)) == 0.5

@@ -85,6 +85,22 @@ def test_captions_in_turn(tiny: MakeRecipe) -> None:
     assert len(shown) == size
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["data.text.pool=turn"],
+        ["data.text.pool=each"],
+        ["data.keep_apart=captions"],
+        ['terms.contrastive.texts=["single","joined"]', "data.text.repeats=augmented"],
+    ],
+)
+def test_tokens_without_pictures_are_those_of_the_batch(tiny: MakeRecipe, changes: list[str]) -> None:
+    made = maker(tiny("declip", *changes))
+    for number in (0, 7):
+        assert torch.equal(torch.from_numpy(made.tokens(number)), made.make(number).tokens)
+
+
 def test_each_caption_is_a_pair(tiny: MakeRecipe) -> None:
     made = maker(tiny("clip", "data.text.pool=each"))
     pairs = len(made.images.source)

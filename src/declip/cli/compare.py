@@ -243,7 +243,7 @@ def _print_plan(prepared: Prepared, planned: dict[str, Any]) -> None:
 def _print_results(result: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from declip.compare.summary import TITLES, headline, said_factor, views_of
+    from declip.compare.summary import TITLES, headline, said_factor, said_quality, views_of
 
     out = console()
     fractions = sorted(result["pairs"], key=result["pairs"].__getitem__)
@@ -254,15 +254,18 @@ def _print_results(result: dict[str, Any]) -> None:
             for fraction in fractions:
                 table.add_column(f"{result['pairs'][fraction]:,}\n({fraction})", justify="right")
             table.add_column(f"worth, at what {result['base']}\nreaches with all", justify="right")
-            for line in result["lines"]:
-                if (line["judged"], line["view"]) == (judged, view):
-                    points = {point["fraction"]: f"{point['quality']:.1f}" for point in line["points"]}
-                    factor = "" if line["method"] == result["base"] else said_factor(headline(result, line))
-                    table.add_row(line["method"], *(points.get(fraction, "–") for fraction in fractions), factor)
+            own = {line["method"]: line for line in result["lines"] if (line["judged"], line["view"]) == (judged, view)}
+            for name in (method["name"] for method in result["methods"]):
+                points = {point["fraction"]: point for point in own[name]["points"]} if name in own else {}
+                said = [said_quality(result, name, fraction, points) for fraction in fractions]
+                factor = said_factor(headline(result, own[name])) if name in own and name != result["base"] else ""
+                if name in own or "diverged" in said:
+                    table.add_row(name, *said, factor)
             out.print(table)
     _print_ablation(result)
     for row in result["diverged"]:
-        print(f"Diverged, and not counted: {row['method']}, {row['fraction']} of the pairs, seed {row['seed']}.")
+        where = f"{row['method']}, {row['fraction']} of the pairs, seed {row['seed']}"
+        print(f"Diverged, and not counted: {where}: {row['reason']}.")
     print(f"The report: {result['report']}")
 
 
@@ -275,6 +278,9 @@ def _print_ablation(result: dict[str, Any]) -> None:
     for heading in ("judged on", "fraction", "quality", "difference", "interval", "held out", "compute"):
         table.add_column(heading, justify="right")
     for row in result["ablation"]:
+        if row["quality"] is None:
+            table.add_row(row["variant"], row["judged"], row["fraction"], "diverged")
+            continue
         low, high = row["interval"]
         table.add_row(
             row["variant"],

@@ -41,7 +41,7 @@ def run_cell(recipe_file: Path, judged: list[str], folder: Path) -> dict[str, An
     try:
         summary = train(recipe, run, resume=going_on, quiet=True)
     except RunDiverged as error:
-        return {"status": "diverged", "reason": str(error), **_curves(run)}
+        return {"status": "diverged", "reason": error.reason, **_curves(run)}
     return {"status": "done", "summary": summary, **_curves(run), "judged": _judge(run, judged, recipe)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,8 +39,13 @@ class Ran:
     found: dict[str, Any]
 
     @property
+    def seen(self) -> int:
+        """Pairs that it saw: fewer than its cell says where it was stopped early."""
+        return int(self.found["summary"]["pairs_seen"])
+
+    @property
     def flops(self) -> float:
-        return float(self.found["flops_per_pair"]) * self.cell.seen
+        return float(self.found["flops_per_pair"]) * self.seen
 
     @property
     def diverged(self) -> bool:
@@ -47,7 +53,8 @@ class Ran:
 
     @property
     def held_out(self) -> float:
-        return max((float(row["score"]) for row in self.found["held_out"]), default=float("nan"))
+        """Of the weights that were kept and judged."""
+        return kept_score(self.found)
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,11 @@ class Findings:
         return next((line for line in self.lines if (line.method, line.judged, line.view) == wanted), None)
 
 
+def kept_score(found: dict[str, Any]) -> float:
+    """The held-out score of the weights that a cell has kept; below all where it has diverged."""
+    return float(found["summary"]["held_out_score"]) if found["status"] == "done" else float("-inf")
+
+
 def outcomes(found: dict[str, Any], judged: str, metric: str) -> Floats:
     """What each judged picture came to, in percent: [items].
 
@@ -98,6 +110,16 @@ def outcomes(found: dict[str, Any], judged: str, metric: str) -> Floats:
     owner = np.asarray(own["image_of_text"])
     there, back = hits(own["ranks"]["text_to_image"]), hits(own["ranks"]["image_to_text"])
     return (np.bincount(owner, weights=there) / np.bincount(owner) + back) / 2
+
+
+def chance(found: dict[str, Any], judged: str, metric: str) -> float:
+    """What guessing comes to on average, in percent, as `outcomes` counts."""
+    owner = np.asarray(found["judged"][judged]["image_of_text"])
+    own, texts = np.bincount(owner), len(owner)
+    there = np.mean([min(1.0, k / len(own)) for k in METRICS[metric][0]])
+    cutoffs = [min(k, texts) for k in METRICS[metric][0]]  # none of an image's texts is among the first k of all
+    missed = [math.comb(texts - int(count), k) / math.comb(texts, k) for k in cutoffs for count in own]
+    return float(50 * (there + 1 - np.mean(missed)))
 
 
 def find(prepared: Prepared, ran: Sequence[Ran], metric: str) -> Findings:
@@ -148,7 +170,7 @@ def _length(prepared: Prepared, runs: Sequence[Ran], view: View) -> int | None:
         return min(lengths, key=lambda seen: abs(seen - prepared.seen), default=None)
     if view == "compute":
         budget = _ROUNDING * prepared.flops[prepared.base.name] * prepared.seen
-        lengths = {one.cell.seen for one in runs if one.flops <= budget}
+        lengths -= {one.cell.seen for one in runs if not one.diverged and one.flops > budget}
 
     def score(seen: int) -> float:
         scores = [one.held_out for one in runs if one.cell.seen == seen and not one.diverged]
@@ -160,8 +182,8 @@ def _length(prepared: Prepared, runs: Sequence[Ran], view: View) -> int | None:
 def _ablation(
     prepared: Prepared, ran: Sequence[Ran], judged: str, fraction: Fraction, metric: str
 ) -> list[dict[str, Any]]:
-    """Each variant beside the method that it is one of, on the same items and seeds."""
-    rows = []
+    """Each variant beside its method, on the same items and seeds; without a quality where it has diverged."""
+    rows: list[dict[str, Any]] = []
     by_method = {
         method.name: _points(prepared, [one for one in ran if one.cell.fraction == fraction], method.name, "pairs seen")
         for method in [*prepared.methods, *prepared.extras]
@@ -170,6 +192,9 @@ def _ablation(
         own, whole = by_method[variant.name], by_method[variant.of or ""]
         if own and whole:
             rows.append(_against(variant, own[0], whole[0], judged, metric))
+        elif whole and (lost := sum(one.cell.method == variant.name for one in ran if one.cell.fraction == fraction)):
+            about = {"judged": judged, "method": variant.of, "variant": variant.name, "fraction": str(fraction)}
+            rows.append({**about, "quality": None, "diverged": lost})
     return rows
 
 
@@ -193,7 +218,7 @@ def _against(variant: Method, own: Point, whole: Point, judged: str, metric: str
         "seconds": statistics.mean(one.found["summary"]["seconds"] for one in own.runs),
         "seeds": len(own.runs),
         "diverged": own.diverged,
-        "flops": own.runs[0].flops / whole.runs[0].flops,
+        "flops": statistics.mean(one.flops for one in own.runs) / statistics.mean(one.flops for one in whole.runs),
     }
 
 
@@ -213,8 +238,8 @@ def line_json(line: Line) -> dict[str, Any]:
                     one.cell.seed: float(line.curve.outcomes[number][i].mean()) for i, one in enumerate(point.runs)
                 },
                 "diverged": point.diverged,
-                "pairs_seen": point.runs[0].cell.seen,
-                "flops": point.runs[0].flops,
+                "pairs_seen": round(statistics.mean(one.seen for one in point.runs)),
+                "flops": statistics.mean(one.flops for one in point.runs),
                 "seconds": statistics.mean(one.found["summary"]["seconds"] for one in point.runs),
                 "rate": point.runs[0].cell.rate,
                 **_learning(point.runs),

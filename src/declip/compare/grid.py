@@ -141,9 +141,12 @@ class Asked:
         for name in map(_name, self.ablate):
             method = _compared(by_name, name, "--ablate")
             recipe = load_recipe(method.recipe, [*self.changes, *method.changes])
+            rows = term_changes(recipe)
+            if not rows:
+                raise InputError(f"--ablate {name}: it has one term, which cannot be left out; leave --ablate out.")
             found += [
                 replace(method, name=f"{name} {what}", changes=(*method.changes, *changes), of=name)
-                for what, changes in term_changes(recipe)
+                for what, changes in rows
             ]
         for recipe_name, changes in self.variants:
             method = _compared(by_name, _name(recipe_name), "--variant")
@@ -166,7 +169,9 @@ def term_changes(recipe: Recipe) -> list[tuple[str, tuple[str, ...]]]:
     rows = [(f"without {name}", without([name])) for name in others]
     if len(others) > 1:
         rows += [(f"{main} and {name} alone", without([o for o in others if o != name])) for name in others]
-    return [*rows, *([(f"{main} alone", without(others))] if others else [])]
+    rows += [(f"{main} alone", without(others))] if others else []
+    # Of two terms, one left out is the other alone: that is run once.
+    return [row for number, row in enumerate(rows) if set(row[1]) not in [set(changes) for _, changes in rows[:number]]]
 
 
 def parse_fractions(text: str) -> tuple[Fraction, ...]:

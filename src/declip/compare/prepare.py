@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import statistics
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -12,11 +13,13 @@ from pathlib import Path
 from declip.compare.cell import SET_ASIDE, open_judged
 from declip.compare.grid import CELLS, Asked, Cell, Method, batch_for, rated, recipe_of
 from declip.curation.overlap import overlap
+from declip.data.decoded import Images
+from declip.data.loader import BatchMaker
 from declip.data.sources import Source, joined
-from declip.data.tokenizer import Tokenizer
 from declip.errors import InputError
 from declip.evaluation.sets import TestSet
 from declip.model.start import read_start
+from declip.model.towers import CONTEXT_LENGTH
 from declip.pairs import Data
 from declip.progress import Progress
 from declip.recipe import Recipe, load_recipe
@@ -24,7 +27,7 @@ from declip.training.flops import pair_flops
 from declip.training.pairs import digest_of_pairs, open_pairs
 from declip.training.step import pick_device
 
-_CAPTIONS = 2048  # that are looked at to tell how long a batch's longest is
+_BATCHES = 16  # that are looked at to tell how long a batch's longest text is
 _GPU_RUNS = 2  # on each GPU at a time
 _SEARCH_SEED = 0
 _SPLITS = ("validation", "holdout", "holdout_by", "set_aside", "image", "captions", "key", "weights")
@@ -69,11 +72,18 @@ class Prepared:
 
     def lengths(self, method: Method) -> list[float]:
         """As asked for; where a pair does not cost what the base's does, also as long as the base's compute lasts."""
-        found = list(self.asked.lengths)
+        equal = [length for length in self.of_equal_compute(method) if length * self.seen >= self.step(method)]
+        return sorted({*self.asked.lengths, *equal})
+
+    def of_equal_compute(self, method: Method) -> list[float]:
+        """The lengths at which the base's compute lasts."""
         ratio = self.flops[method.name] / self.flops[self.base.name]
-        if self.asked.equal_compute and abs(ratio - 1) > CHEAPER:
-            found += [length / ratio for length in self.asked.lengths]
-        return sorted(set(found))
+        wanted = self.asked.equal_compute and abs(ratio - 1) > CHEAPER
+        return [length / ratio for length in self.asked.lengths] if wanted else []
+
+    def step(self, method: Method) -> int:
+        """Pairs of its largest step."""
+        return max(size for (name, _), size in self.batches.items() if name == method.name)
 
     @property
     def searched(self) -> tuple[Fraction, Fraction]:
@@ -109,10 +119,10 @@ def prepare(asked: Asked, progress: Progress | None = None) -> Prepared:
     _check_overlap(asked, tests, joined([train, held]), base.data, notes, progress)
     schedule = load_recipe(methods[0].recipe, [*asked.changes, *methods[0].changes]).schedule
     own_length = schedule.pairs_seen or round(schedule.epochs * len(train))
-    tokens = caption_tokens(train, base)
-    flops = {name: pair_flops(read_start(recipe)[0], tokens) for name, recipe in recipes.items()}
+    # With all pairs: where fewer make batches smaller, a pair costs the same but for the texts' filling.
+    flops = {name: pair_flops(read_start(recipe)[0], caption_tokens(train, recipe)) for name, recipe in recipes.items()}
     jobs, environments = _slots(asked.jobs, base.engine.device)
-    return Prepared(
+    prepared = Prepared(
         asked,
         methods,
         extras,
@@ -128,6 +138,8 @@ def prepare(asked: Asked, progress: Progress | None = None) -> Prepared:
         environments,
         notes,
     )
+    _check_lengths(prepared)
+    return prepared
 
 
 def check_folder(out: Path) -> None:
@@ -137,12 +149,16 @@ def check_folder(out: Path) -> None:
 
 
 def caption_tokens(pairs: Source, recipe: Recipe) -> int:
-    """The mean length of a batch's longest caption, by some of the pairs: captions are cut to that."""
-    tokenizer, step = Tokenizer(), max(1, len(pairs) // _CAPTIONS)
-    lengths = [len(tokenizer.encode(pairs.captions(index)[0])) + 2 for index in range(0, len(pairs), step)]
-    batch = min(recipe.schedule.batch_size, len(lengths))
-    longest = [max(lengths[start : start + batch]) for start in range(0, len(lengths) - batch + 1, batch)]
-    return min(round(sum(longest) / len(longest)), recipe.model.text.context_length or 77)
+    """The mean length of a batch's longest text view, by some batches: all are filled up to that."""
+    schedule = {"batch_size": min(recipe.schedule.batch_size, len(pairs))}
+    of_texts = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"keep_apart": "nothing"}),
+            "schedule": recipe.schedule.model_copy(update=schedule),
+        }
+    )
+    maker = BatchMaker(Images(pairs, None), of_texts, 0, recipe.model.text.context_length or CONTEXT_LENGTH)
+    return round(statistics.mean(float(maker.tokens(number).shape[2]) for number in range(_BATCHES)))
 
 
 def _fractions(
@@ -189,6 +205,19 @@ def _check_overlap(
             notes.append(f"{said}; they were judged all the same.")
 
 
+def _check_lengths(prepared: Prepared) -> None:
+    """Raises InputError where a run would be shorter than one of its steps; of equal compute that is only a note."""
+    for method in prepared.methods:
+        step, least = prepared.step(method), prepared.seen * min(prepared.asked.lengths)
+        if least < step:
+            raise InputError(
+                f"--pairs-seen {prepared.seen:,} leaves {method.name} {least:,.0f} pairs at its shortest, less than a "
+                f"step of {step}: give {math.ceil(step / min(prepared.asked.lengths)):,} or more."
+            )
+        if not {*prepared.of_equal_compute(method)} <= {*prepared.lengths(method)}:
+            prepared.notes.append(f"{method.name}: as long as costs what the base costs is less than a step: left out.")
+
+
 def _instead(asked: Asked, data: Data) -> str:
     """What to do about judged pictures that are trained on."""
     if asked.judged or data.holdout_by == "picture":
@@ -197,10 +226,10 @@ def _instead(asked: Asked, data: Data) -> str:
 
 
 def _digest(train: Source, held: Source, tests: list[TestSet]) -> str:
-    """Of all pairs by keys and captions, so that a cell is not taken for one of other pairs."""
+    """Of all pairs, so that a cell is not taken for one of other pairs."""
     digest = hashlib.sha256()
     for source in (train, held, *(test.source for test in tests)):
-        digest.update(digest_of_pairs(source, images=False).encode())
+        digest.update(digest_of_pairs(source, images=True).encode())
     return digest.hexdigest()[:16]
 
 

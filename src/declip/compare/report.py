@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from html import escape
@@ -12,7 +13,7 @@ from typing import Any
 
 from declip.compare.findings import VIEWS, Findings, Ran, outcomes
 from declip.compare.prepare import Prepared
-from declip.compare.summary import TITLES, said_interval, views_of
+from declip.compare.summary import TITLES, lost_runs, said_interval, views_of
 from declip.evaluation.report.charts import Line, compact, line_chart
 from declip.evaluation.report.judgements import Models, Section
 from declip.evaluation.report.parts import setup
@@ -55,23 +56,27 @@ def _title(result: dict[str, Any]) -> str:
         if (factor["judged"], factor["view"], factor["read_off"]) == (judged, "pairs seen", "base")
         and factor["pairs"] == most
         and factor["kind"] in ("exact", "more")
+        and factor["low"] > 1  # what may be chance is no headline
     ]
     if not known:
         return "What a pair is worth"
     best = max(known, key=lambda factor: factor["factor"])
     more = "more than " if best["kind"] == "more" else ""
     method, base = escape(best["method"]), escape(result["base"])
-    return f"A pair is worth {more}{best['factor']:.1f} with {method}, at the quality that {base} has from all {most:,}"
+    whole = "all " * ("1" in result["pairs"])
+    return f"A pair is worth {more}{best['factor']:.1f} with {method}, at the quality {base} has from {whole}{most:,}"
 
 
 def _intro(prepared: Prepared, result: dict[str, Any]) -> str:
     seeds = f"{result['seeds']} seeds" if result["seeds"] > 1 else "one seed"
     most, count = max(result["pairs"].values()), len(result["pairs"])
     fractions = f"{count} nested fractions" if count > 1 else "one fraction"
+    searched = any(len(of) > 1 for method in result["methods"] for of in method["rates"].values())
+    chosen = "the weights of every run" + " and all learning rates" * searched
     return (
         f"{', '.join(escape(method.name) for method in prepared.methods)} on {fractions} of {most:,} pairs, {seeds}. "
-        f"Quality is {result['metric']}, on pairs that nothing was trained on or chosen by; the weights of every run "
-        f"and all learning rates were chosen on {result['held_out']:,} other pairs, held out of training."
+        f"Quality is {result['metric']}, on pairs that nothing was trained on or chosen by; {chosen} were chosen on "
+        f"{result['held_out']:,} other pairs, held out of training."
     )
 
 
@@ -112,11 +117,22 @@ def _quality(models: Models, prepared: Prepared, result: dict[str, Any]) -> Sect
             charts.append(line_chart(TITLES[view], VIEWS[view], drawn, width=500, x_name="training pairs", **options))
         columns = "two" if len(charts) > 1 else "one"
         parts.append(f'<h3>{escape(judged)}</h3><div class="charts {columns}">{"".join(charts)}</div>')
+    guessing = ", ".join(f"{value:.1f} on {escape(judged)}" for judged, value in result["chance"].items())
     note = (
         f"{result['metric'].capitalize()}, in percent. Broad strokes are 95&nbsp;% intervals over seeds and judged "
         "pictures; of one seed they know nothing of how seeds differ."
     )
+    if guessing:
+        note += f" Guessing has {guessing}."
+    if lost := _lost(result):
+        note += f" <strong>Diverged, and not counted: {lost}.</strong>"
     return Section("Quality against pairs", note, "".join(parts))
+
+
+def _lost(result: dict[str, Any]) -> str:
+    """Which runs have diverged: declip with 858 pairs (2), …"""
+    rows = Counter((row["method"], result["pairs"][row["fraction"]]) for row in result["diverged"])
+    return ", ".join(f"{escape(name)} with {pairs:,} pairs ({count})" for (name, pairs), count in rows.items())
 
 
 def _line(models: Models, line: dict[str, Any], axis: _Axis) -> Line:
@@ -211,19 +227,22 @@ def _by_length(
 
 
 def _ablation(result: dict[str, Any]) -> Section:
-    rows = [
-        [
-            escape(row["variant"]),
-            escape(row["judged"]),
-            f"{result['pairs'][row['fraction']]:,}",
-            f"{row['quality']:.1f}",
-            f"<strong>{row['difference']:+.1f}</strong>",
-            f"{row['interval'][0]:+.1f} to {row['interval'][1]:+.1f}",
-            f"{row['held_out']:.1f}",
-            f"×{row['flops']:.2f}",
-        ]
-        for row in result["ablation"]
-    ]
+    rows = []
+    for row in result["ablation"]:
+        about = [escape(row["variant"]), escape(row["judged"]), f"{result['pairs'][row['fraction']]:,}"]
+        if row["quality"] is None:
+            rows.append([*about, "diverged", "–", "–", "–", "–"])
+            continue
+        rows.append(
+            [
+                *about,
+                f"{row['quality']:.1f}",
+                f"<strong>{row['difference']:+.1f}</strong>",
+                f"{row['interval'][0]:+.1f} to {row['interval'][1]:+.1f}",
+                f"{row['held_out']:.1f}",
+                f"×{row['flops']:.2f}",
+            ]
+        )
     head = ("Variant", "Judged on", "Pairs", "Quality", "Difference", "95 % interval", "Held-out score", "Compute")
     note = (
         "Each beside the whole method, on the same subsets, seeds and judged pictures, at the method’s learning rate."
@@ -295,6 +314,13 @@ def _runs(models: Models, result: dict[str, Any]) -> Section:
                     str(len(point["by_seed"])) + (f", {point['diverged']} diverged" if point["diverged"] else ""),
                 ]
             )
+    told = {(line["method"], point["fraction"]) for line in own for point in line["points"]}
+    names = [method["name"] for method in result["methods"]]
+    for name, fraction in [(name, fraction) for name in names for fraction in result["pairs"]]:
+        if (name, fraction) not in told and (lost := lost_runs(result, name, fraction)):
+            rows.append(
+                [models.named(name), f"{result['pairs'][fraction]:,}", *["–"] * (5 + matching), f"{lost} diverged"]
+            )
     head = (
         *("Method", "Pairs", "Pairs seen", "Seconds", "Held-out best", "Reached after", "Left at the end"),
         *(("Neighbours that match",) if matching else ()),
@@ -315,7 +341,7 @@ def _rates(models: Models, result: dict[str, Any]) -> Section:
         for fraction, scores in method["rates"].items():
             if len(scores) < 2:
                 continue
-            best = max(scores, key=scores.__getitem__)
+            best = max(scores, key=lambda rate: -math.inf if scores[rate] is None else scores[rate])
             said = ", ".join(
                 f"{'<strong>' * (rate == best)}×{float(rate):g}: {_score(score)}{'</strong>' * (rate == best)}"
                 for rate, score in sorted(scores.items(), key=lambda item: float(item[0]))
@@ -325,8 +351,8 @@ def _rates(models: Models, result: dict[str, Any]) -> Section:
     return Section("Learning rates", note, _table(("Method", "Pairs", "Score by rate"), rows) if rows else "")
 
 
-def _score(score: float) -> str:
-    return f"{score:.1f}" if math.isfinite(score) else "diverged"
+def _score(score: float | None) -> str:
+    return "diverged" if score is None else f"{score:.1f}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

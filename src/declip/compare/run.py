@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
 import declip
-from declip.compare.findings import METRICS, Findings, Ran, find, line_json
+from declip.compare.findings import METRICS, Findings, Ran, chance, find, line_json
 from declip.compare.grid import Cell, Method
 from declip.compare.prepare import Prepared
 from declip.compare.schedule import Told, finished, run_cells
@@ -42,7 +43,7 @@ def ablated(prepared: Prepared) -> tuple[Fraction, ...]:
 def compare(prepared: Prepared, metric: str = "mean", told: Told | None = None) -> dict[str, Any]:
     """Run what is not finished, and write what all of it says; returns that.
 
-    Raises what `schedule.run_cells` and `search.search_rates` raise.
+    Raises what `schedule.run_cells` raises.
     """
     asked = prepared.asked
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -71,16 +72,18 @@ def as_json(prepared: Prepared, rates: Rates, ran: Sequence[Ran], findings: Find
             "changes": [*prepared.asked.changes, *method.changes],
             "flops_per_pair": prepared.flops[method.name],
             "rates": {
-                str(fraction): {str(rate): score for rate, score in of.items()}
+                str(fraction): {str(rate): score if math.isfinite(score) else None for rate, score in of.items()}
                 for fraction, of in rates[method.name].items()
             },
         }
 
+    any_found = next((one.found for one in ran if not one.diverged), None)
     return {
         "declip": declip.__version__,
         "report": str(prepared.asked.out / REPORT),
         "data": list(prepared.asked.data),
         "judged": prepared.judged,
+        "chance": {judged: chance(any_found, judged, metric) for judged in prepared.judged} if any_found else {},
         "metric": METRICS[metric][1],
         "metric_name": metric,
         "base": prepared.base.name,

@@ -6,28 +6,21 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from declip.compare.findings import kept_score
 from declip.compare.grid import Cell, Method, rate_between
 from declip.compare.prepare import Prepared
-from declip.errors import InputError
 
 _FURTHER = 2  # times that a search goes on where the best rate is the outermost
 
 Run = Callable[[Sequence[Cell]], dict[str, dict[str, Any]]]
 Rates = dict[str, dict[Fraction, dict[float, float]]]
-"""Best held-out score by method, fraction and factor on the recipe's rates."""
-
-
-def best_held_out(found: dict[str, Any]) -> float:
-    """The best held-out score of a cell; below all where it has diverged."""
-    if found["status"] != "done":
-        return float("-inf")
-    return max((float(row["score"]) for row in found["held_out"]), default=float("-inf"))
+"""Held-out score of the weights kept, by method, fraction and factor on the recipe's rates."""
 
 
 def search_rates(prepared: Prepared, run: Run) -> Rates:
     """Scores of all rates tried. Those of all methods run side by side; where the outermost is best, one more is tried.
 
-    Raises InputError where every rate of a method has diverged.
+    Where every rate has diverged, none is better than another: the lowest is taken, and shown to diverge.
     """
     tried = tuple(prepared.asked.rates)
     wanted = {(m.name, fraction): list(tried) for m in prepared.methods for fraction in prepared.searched}
@@ -43,17 +36,13 @@ def search_rates(prepared: Prepared, run: Run) -> Rates:
         }
         found = run(list(cells.values())) if cells else {}
         for (name, fraction, rate), cell in cells.items():
-            scores[name][fraction][rate] = best_held_out(found[cell.key])
+            scores[name][fraction][rate] = kept_score(found[cell.key])
         wanted = {
             (name, fraction): [further]
             for name, of in scores.items()
             for fraction, own in of.items()
             if (further := _outside(own)) is not None
         }
-    for name, of in scores.items():
-        for fraction, own in of.items():
-            if max(own.values()) == float("-inf"):
-                raise InputError(f"{name} with {fraction} of the pairs diverges at every learning rate: lower it.")
     return scores
 
 

@@ -19,7 +19,7 @@ def said_factor(factor: dict[str, Any] | None) -> str:
         return "–"
     low, high = factor["low"], factor["high"]
     if factor["kind"] == "more":
-        return f"more than ×{factor['factor']:.1f}" + (f" (at least {low:.1f})" if low else "")
+        return f"more than ×{factor['factor']:.1f}" + (f" (at least {low:.1f})" if low else " (not sure)")
     if factor["kind"] == "less":
         return f"less than ×{factor['factor']:.2f}"
     return f"×{factor['factor']:.1f} ({said_interval(low, high, 1)})"
@@ -30,6 +30,20 @@ def said_interval(low: float, high: float | None, digits: int) -> str:
     if high is None:
         return f"{low:.{digits}f} or more" if low else "not sure"
     return f"{low:.{digits}f} to {high:.{digits}f}" if low else f"up to {high:.{digits}f}"
+
+
+def said_quality(result: dict[str, Any], method: str, fraction: str, points: dict[str, dict[str, Any]]) -> str:
+    """What a method reaches with a fraction, by the points of its line: how many runs say so, where others diverged."""
+    if fraction in points:
+        point = points[fraction]
+        kept, lost = len(point["by_seed"]), point["diverged"]
+        return f"{point['quality']:.1f}" + (f" ({kept} of {kept + lost} runs)" if lost else "")
+    return "diverged" if lost_runs(result, method, fraction) else "–"
+
+
+def lost_runs(result: dict[str, Any], method: str, fraction: str) -> int:
+    """How many of a method's runs on a fraction have diverged."""
+    return sum((row["method"], row["fraction"]) == (method, fraction) for row in result["diverged"])
 
 
 def views_of(result: dict[str, Any], judged: str) -> list[View]:

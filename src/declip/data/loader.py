@@ -105,6 +105,21 @@ class BatchMaker(Dataset[Batch | InputError]):
         features = (CaptionFeatures if data.keep_apart == "captions" else ImageFeatures)(source)
         return Apart(order, features if self.ends is None else OfItems(features, self.ends))
 
+    def tokens(self, number: int) -> np.ndarray:
+        """Those of batch `number`, as `make` has them where all pairs can be read, without looking at a picture.
+
+        int64 [text views, batch, longest]
+        """
+        items, epochs = self.order.batch(number), self.order.epochs(number)
+        indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
+        first, captions = number * self.order.batch_size, []
+        rngs = [np.random.default_rng([self.recipe.seed, first + place, 1]) for place in self.rows]
+        for place, rng in zip(self.rows, rngs, strict=True):
+            pool = self.images.source.captions(int(indices[place])) or ("",)
+            captions.append(self._draw(pool, int(indices[place]), int(items[place]), int(epochs[place]), rng))
+            self._sample(captions[-1], pool, rng)
+        return self._texts(captions, rngs)[0]
+
     def make(self, number: int) -> Batch:
         """Batch `number`, all views of it."""
         recipe, first = self.recipe, number * self.order.batch_size

@@ -306,8 +306,9 @@ class Run:
         if engine.on_divergence == "stop" or tried == engine.roll_backs:
             again = f" after {tried} goings back" if tried else ""
             raise RunDiverged(
-                f"{divergence}{again}: the last good weights are kept in {self.out / 'checkpoints'}; lower "
-                f"optimizer.lr (now {self.recipe.optimizer.lr:g}) or look at the pairs."
+                f"{divergence}{again}",
+                f"the last good weights are kept in {self.out / 'checkpoints'}; lower optimizer.lr (now "
+                f"{self.recipe.optimizer.lr:g}) or look at the pairs.",
             )
         self.saver.wait()
         factor = self.rate_factor * engine.roll_back_lr
