@@ -79,8 +79,8 @@ class CaptionViews(Section):
     joined_most: int = Field(5, gt=0, description="a joined view is 1 to so many of a pair's captions, in random order")
     repeats: Literal["augmented", "same"] = Field(
         "augmented",
-        description="single views of a pair with fewer captions than there are such views: with changed words, as in "
-        "the augmented view, or the same once more (COSMOS)",
+        description="single views of a pair with fewer captions than there are such views, and all sampled views but "
+        "the first of a pair with one: with changed words, as in the augmented view, or the same once more (COSMOS)",
     )
 
 

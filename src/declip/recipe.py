@@ -62,7 +62,7 @@ class Recipe(Section):
     data: Data = Field(Data(), description="pairs and views")
     model: Model = Field(Model(), description="towers")
     terms: Terms = Field(Terms(contrastive=Contrastive()), description="the loss: a weighted sum of terms")
-    optimizer: Optimizer = Field(Optimizer(), description="AdamW or SGD")
+    optimizer: Optimizer = Field(Optimizer(), description="AdamW, Muon or SGD: what learns, how fast")
     schedule: Schedule = Field(Schedule(), description="how long, how fast")
     engine: Engine = Field(Engine(), description="device, precision, checkpoints")
     evaluation: Evaluation = Field(Evaluation(), description="held-out score during training")

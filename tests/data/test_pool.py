@@ -123,3 +123,10 @@ def test_a_pair_with_too_few_captions_shows_them_with_other_words(
     assert sum(row["single_2"] == captions[0] for row in rows) < 3
     same = texts_of(captions, f"terms.contrastive.texts={SINGLES}", "data.text.repeats=same")
     assert all(set(row.values()) == set(captions) for row in same)
+    # Of one caption joined views are that caption too: only the first of all shows it as it is.
+    views = ["joined", "joined_2", "single"]
+    rows = texts_of(captions, f"terms.contrastive.texts={views}", *deleting)
+    assert all(row["joined"] == captions[0] for row in rows)
+    assert max(sum(row[view] == captions[0] for row in rows) for view in views[1:]) < 3
+    same = texts_of(captions, f"terms.contrastive.texts={views}", "data.text.repeats=same")
+    assert all(set(row.values()) == set(captions) for row in same)

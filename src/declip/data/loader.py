@@ -68,7 +68,7 @@ class BatchMaker(Dataset[Batch | InputError]):
         self.crops_only = recipe.data.augment_on == "device" and self.kept.images is None
         self.single = [number for number, view in enumerate(self.text_views) if view in get_args(SingleView)]
         self.joined = [number for number, view in enumerate(self.text_views) if view in get_args(JoinedView)]
-        repeats = bool(self.single) and recipe.data.text.repeats == "augmented"
+        repeats = bool(self.single or self.joined) and recipe.data.text.repeats == "augmented"
         self.synonyms = load_synonyms() if "augmented" in self.text_views or repeats else {}
         self.ends = images.caption_ends if recipe.data.text.pool == "each" else None
         self.items = len(images.source) if self.ends is None else int(self.ends[-1])
@@ -280,10 +280,14 @@ class BatchMaker(Dataset[Batch | InputError]):
         """Put into a pair's texts, one a view, what the views that sample its captions show."""
         options = self.recipe.data.text
         pool = sentences(captions) if options.sentences and (self.joined or self.single) else captions
-        for view in self.joined:
+        alone = len(pool) == 1 and options.repeats == "augmented"  # joined views then repeat it as well
+        for place, view in enumerate(self.joined):
             texts[view] = joined(pool, options.joined_most, rng)
+            if alone and place:
+                texts[view] = augment(texts[view], self.synonyms, options, rng)
         if self.single:
             drawn, new = singles(pool, len(self.single), rng)
+            new = 0 if alone and self.joined else new
             for place, (view, text) in enumerate(zip(self.single, drawn, strict=True)):
                 again = place >= new and options.repeats == "augmented"
                 texts[view] = augment(text, self.synonyms, options, rng) if again else text
