@@ -4,7 +4,9 @@
     python benchmarks/data_efficiency.py --sets concepts flickr8k       # concepts nobody trained on; photos
     python benchmarks/data_efficiency.py --sets pretrained --weights W --text T   # from pretrained towers
     python benchmarks/data_efficiency.py --sets emoji --study parts     # what each part of best-small adds, a quarter
+    python benchmarks/data_efficiency.py --sets emoji --study added     # what else would add to it
     python benchmarks/data_efficiency.py --sets emoji --study views     # which augmentations help and which hurt
+    python benchmarks/data_efficiency.py --sets emoji --study terms     # what DeCLIP's terms add, a queue, a fading
 
 The learning rate of every method is searched, the weights of every run are those that were best on pairs held out of
 training, and nothing is chosen on what is judged. Finished cells are kept under --work; the same command goes on.
@@ -75,7 +77,13 @@ PARTS = [
     'terms.contrastive.images=2 terms.contrastive.texts=["single"]',
     "terms.simclr.weight=0",
     "model.logit_scale_init=2.6593 model.logit_scale_range=[0.0,4.6052]",
+    "data.images.crop_scale=[0.5,1.0]",
+    "data.images.jitter=0",
+    "data.images.hue=0.03",
     "evaluation.tolerance=0",
+]
+"""What is left out of best-small, one at a time."""
+ADDED = [
     "optimizer.ema_half_life=0.05",
     "optimizer.weight_decay=0",
     "model.image.drop_path=0.1 model.text.drop_path=0.1",
@@ -86,19 +94,29 @@ PARTS = [
     'terms.nearest_neighbour.texts=["single"]',
     'optimizer.ema_half_life=0.05 terms.teacher_contrast.texts=["single","single_2"]',
 ]
-"""What is left out of best-small, or put in, one at a time."""
+"""What is put in, one at a time."""
 VIEWS = [
-    "data.images.jitter=0",
-    "data.images.hue=0.03",
+    "data.images.convolve=0.5",
     "data.images.grayscale=0.2",
     "data.images.blur=0.5",
     "data.images.flip=0.5",
-    "data.images.crop_scale=[0.5,1.0]",
     "data.images.crop_scale=[0.2,1.5]",
     "data.images.crop_scale=[0.5,2.0]",
     "data.images.crop_scale=[0.8,1.2]",
 ]
 """Changes of how a picture's views are made, one at a time."""
+TERMS = [
+    "terms.simsiam.weight=0",
+    "terms.masked_language.weight=0",
+    "terms.nearest_neighbour.weight=0",
+    "terms.simsiam.weight=0 terms.masked_language.weight=0 terms.nearest_neighbour.weight=0",
+    "terms.nearest_neighbour.queue_size=256",
+    "terms.nearest_neighbour.top_k=3",
+    "terms.simsiam.fade_from=0.3 terms.masked_language.fade_from=0.3 terms.nearest_neighbour.fade_from=0.3",
+    "data.images.crop_scale=[0.5,1.5]",
+]
+"""What is left out of DeCLIP or set otherwise, one at a time."""
+STUDIES = {"parts": (BEST, PARTS), "added": (BEST, ADDED), "views": (BEST, VIEWS), "terms": ("declip", TERMS)}
 
 
 def command(name: str, args: argparse.Namespace) -> list[str]:
@@ -110,14 +128,19 @@ def command(name: str, args: argparse.Namespace) -> list[str]:
         return [text.format(**places) if "{" in text else text for text in texts]
 
     judged = ["--eval", *put(chosen.judged)] if chosen.judged else []
-    line = [*chosen.methods, *put(chosen.changes), "--data", *put(chosen.data), *judged, *chosen.options]
+    studied, rows = STUDIES.get(args.study, ("", []))
+    methods = [studied] if studied else args.methods or chosen.methods
+    changes = [
+        one for one in put(chosen.changes) if one.partition(":")[0] in methods or ":" not in one.partition("=")[0]
+    ]
+    line = [*methods, *changes, "--data", *put(chosen.data), *judged, *chosen.options]
     out = args.work / (chosen.folder or name)
     line += ["--seeds", str(args.seeds), "--pairs-seen", str(args.pairs), "--out", str(out)]
     if args.study == "curves":
-        return [*line, "--fractions", args.fractions]
-    changes = PARTS if args.study == "parts" else VIEWS
-    rows = [option for change in changes for option in ("--variant", f"{BEST} {change}")]
-    return [*line, "--fractions", "1/4", "--rates", "1", "--no-equal-compute", *rows]
+        unequal = ["--no-equal-compute"] * args.no_equal_compute
+        return [*line, "--fractions", args.fractions, "--rates", args.rates, *unequal]
+    variants = [option for change in rows for option in ("--variant", f"{studied} {change}")]
+    return [*line, "--fractions", "1/4", "--rates", "1", "--no-equal-compute", *variants]
 
 
 def missed(name: str, result: dict[str, Any]) -> list[str]:
@@ -145,7 +168,10 @@ def missed(name: str, result: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["emoji"], help="what is trained and judged on")
-    parser.add_argument("--study", choices=("curves", "parts", "views"), default="curves")
+    parser.add_argument("--study", choices=("curves", *STUDIES), default="curves")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="(all of the set's)")
+    parser.add_argument("--rates", default="0.5,1,2", help="times each recipe's own, searched (%(default)s)")
+    parser.add_argument("--no-equal-compute", action="store_true", help="runs of equal pairs seen alone")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--pairs", type=int, default=48_000, help="seen by each run (%(default)s)")
     parser.add_argument("--fractions", default="1,1/2,1/4,1/8,1/16", help="(%(default)s)")
