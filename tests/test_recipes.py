@@ -218,6 +218,11 @@ def test_declip_88m() -> None:
         ("clip", ["method=newest"], "method = 'newest' is wrong"),
         ("siglip", ["model.logit_bias_init=none"], "terms.sigmoid needs a bias: set model.logit_bias_init"),
         ("clip", ["terms.sigmoid.weight=1"], "terms.sigmoid needs a bias"),
+        (
+            "clip",
+            ["terms.contrastive=none", "terms.text_conditioned.weight=1", "model.logit_bias_init=-3"],
+            "terms.text_conditioned orders what a search has found, and no term teaches the embeddings",
+        ),
         ("clip", ["terms.simclear.weight=1"], "there is no field terms.simclear; the nearest is terms.simclr"),
         ("clip", ["terms.contrastive.images=3"], "terms.contrastive.images = 3 is wrong"),
         ("clip", ['terms.contrastive.texts=["shouted"]'], "terms.contrastive.texts.0 = 'shouted' is wrong"),

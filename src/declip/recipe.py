@@ -75,6 +75,11 @@ class Recipe(Section):
         for name in ("sigmoid", "text_conditioned"):
             if name in active and self.model.logit_bias_init is None:
                 raise ValueError(f"terms.{name} needs a bias: set model.logit_bias_init (SigLIP starts at -10)")
+        if "text_conditioned" in active and not active.keys() & {"contrastive", "sigmoid", "token_wise"}:
+            raise ValueError(
+                "terms.text_conditioned orders what a search has found, and no term teaches the embeddings that it "
+                "searches by: give it terms.contrastive or terms.sigmoid as well"
+            )
         if self.engine.compile and (self.engine.micro_batch or self.engine.grad_checkpointing):
             raise ValueError(
                 "engine.compile does not go with engine.micro_batch or engine.grad_checkpointing: leave it"

@@ -141,6 +141,14 @@ def test_operations_are_counted_for_captions_as_long_as_a_batch_has(
     assert 2 + 6 < caption_tokens(train, prepared.recipes["tiny_declip"]) <= 2 + 6 + 2 + 2 + 1
 
 
+def test_runs_share_the_cores_unless_told(asked: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert prepare(asked()).environments == [{"OMP_NUM_THREADS": "4"}]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert prepare(asked()).environments == [{"OMP_NUM_THREADS": "1"}]
+
+
 def search_rates_of(prepared: Prepared) -> Any:
     return {m.name: {f: {1.0: 0.0} for f in prepared.searched} for m in prepared.methods}
 

@@ -244,4 +244,5 @@ def _slots(jobs: int | None, device: str) -> tuple[int, list[dict[str, str]]]:
         return jobs or _GPU_RUNS * len(gpus), [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or (cores if chosen.type == "cpu" else 1)
-    return jobs, [{"OMP_NUM_THREADS": str(max(1, cores // jobs))}]
+    # What the user has said wins: several comparisons side by side share the cores.
+    return jobs, [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))}]
