@@ -7,6 +7,7 @@
     python benchmarks/data_efficiency.py --sets emoji --study added     # what else would add to it
     python benchmarks/data_efficiency.py --sets emoji --study views     # which augmentations help and which hurt
     python benchmarks/data_efficiency.py --sets emoji --study terms     # what DeCLIP's terms add, a queue, a fading
+    python benchmarks/data_efficiency.py --sets pretrained --study projections …   # what wins from scratch, on towers
 
 The learning rate of every method is searched, the weights of every run are those that were best on pairs held out of
 training, and nothing is chosen on what is judged. Finished cells are kept under --work; the same command goes on.
@@ -116,7 +117,23 @@ TERMS = [
     "data.images.crop_scale=[0.5,1.5]",
 ]
 """What is left out of DeCLIP or set otherwise, one at a time."""
-STUDIES = {"parts": (BEST, PARTS), "added": (BEST, ADDED), "views": (BEST, VIEWS), "terms": ("declip", TERMS)}
+PROJECTIONS = [
+    "optimizer.projection_lr=2e-3",
+    "optimizer.kind=muon",
+    "optimizer.kind=muon optimizer.projection_lr=4e-3",
+    "optimizer.kind=muon optimizer.projection_lr=1.6e-2",
+    "data.mix=0",
+    "data.mix=0 terms.simclr.weight=0.2",
+    "terms.contrastive.images=2",
+]
+"""Of projections on resting towers: what wins from scratch."""
+STUDIES = {
+    "parts": (BEST, PARTS),
+    "added": (BEST, ADDED),
+    "views": (BEST, VIEWS),
+    "terms": ("declip", TERMS),
+    "projections": ("efficientnet-lite0-minilm", PROJECTIONS),
+}
 
 
 def command(name: str, args: argparse.Namespace) -> list[str]:
@@ -191,6 +208,7 @@ def main() -> int:
         results[name] = json.loads(done.stdout)
         if "factors" not in results[name]:  # stopped by a signal: what is finished is kept
             return 1
+        print(f"{name}: {results[name]['report']}", file=sys.stderr)
         if args.study == "curves":
             problems += missed(name, results[name])
     for problem in problems:
