@@ -141,6 +141,14 @@ def test_operations_are_counted_for_captions_as_long_as_a_batch_has(
     assert 2 + 6 < caption_tokens(train, prepared.recipes["tiny_declip"]) <= 2 + 6 + 2 + 2 + 1
 
 
+def test_a_variant_that_changes_nothing_is_run_once_and_shown_beside_its_method(asked: Callable[..., Asked]) -> None:
+    prepared = prepare(asked(seeds=1, variants=(("tiny_clip", ("data.images.flip=0",)),)))
+    cells = grid_cells(prepared, search_rates_of(prepared))
+    half = {cell.method: cell for cell in cells if (cell.fraction, cell.seen) == (Fraction(1, 2), prepared.seen)}
+    assert half["tiny_clip"].key == half["tiny_clip data.images.flip=0"].key
+    assert plan(prepared)["cells"] == plan(prepare(asked(seeds=1)))["cells"]
+
+
 def test_runs_share_the_cores_unless_told(asked: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

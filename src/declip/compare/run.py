@@ -20,7 +20,7 @@ RESULTS, REPORT = "results.json", "report.html"
 
 
 def grid_cells(prepared: Prepared, rates: Rates) -> list[Cell]:
-    """Every cell after the search."""
+    """Every cell after the search; of a variant that changes nothing the whole method's once more."""
     found = []
     for seed in range(prepared.asked.seeds):
         for fraction in prepared.pairs:
@@ -31,7 +31,8 @@ def grid_cells(prepared: Prepared, rates: Rates) -> list[Cell]:
         for fraction in ablated(prepared):
             for method in prepared.extras:
                 found.append(prepared.cell(method, fraction, seed, 1.0, rate_of(prepared, rates, method, fraction)))
-    return found
+    # Lengths that are the same number of steps are one run.
+    return list({(cell.method, cell.key): cell for cell in found}.values())
 
 
 def ablated(prepared: Prepared) -> tuple[Fraction, ...]:
@@ -52,7 +53,7 @@ def compare(prepared: Prepared, metric: str = "mean", told: Told | None = None) 
         return run_cells(asked.out, cells, prepared.flops, prepared.jobs, prepared.environments, told)
 
     rates = search_rates(prepared, run)
-    cells = list({cell.key: cell for cell in grid_cells(prepared, rates)}.values())
+    cells = grid_cells(prepared, rates)
     found = run(cells)
     ran = [Ran(cell, found[cell.key]) for cell in cells]
     findings = find(prepared, ran, metric)
@@ -77,6 +78,7 @@ def as_json(prepared: Prepared, rates: Rates, ran: Sequence[Ran], findings: Find
             },
         }
 
+    by_key = {one.cell.key: one.found for one in ran}
     any_found = next((one.found for one in ran if not one.diverged), None)
     return {
         "declip": declip.__version__,
@@ -101,8 +103,8 @@ def as_json(prepared: Prepared, rates: Rates, ran: Sequence[Ran], findings: Find
         "ablation": findings.ablation,
         "diverged": [{**one.cell.described(), "reason": one.found["reason"]} for one in ran if one.diverged],
         "runs": [{**one.cell.described(), "pairs_seen": one.cell.seen, "file": one.cell.file} for one in ran],
-        "cells": len(ran),
-        "seconds": sum(one.found["wall_seconds"] for one in ran),
+        "cells": len(by_key),
+        "seconds": sum(found["wall_seconds"] for found in by_key.values()),
         "notes": prepared.notes,
     }
 
