@@ -167,11 +167,12 @@ def term_changes(recipe: Recipe) -> list[tuple[str, tuple[str, ...]]]:
         return tuple(f"terms.{name}.weight=0" for name in names)
 
     rows = [(f"without {name}", without([name])) for name in others]
-    if len(others) > 1:
+    # With fewer others these would be the same changes by other names.
+    if len(others) > 2:
         rows += [(f"{main} and {name} alone", without([o for o in others if o != name])) for name in others]
-    rows += [(f"{main} alone", without(others))] if others else []
-    # Of two terms, one left out is the other alone: that is run once.
-    return [row for number, row in enumerate(rows) if set(row[1]) not in [set(changes) for _, changes in rows[:number]]]
+    if len(others) > 1:
+        rows.append((f"{main} alone", without(others)))
+    return rows
 
 
 def parse_fractions(text: str) -> tuple[Fraction, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from html import escape
@@ -131,8 +130,8 @@ def _quality(models: Models, prepared: Prepared, result: dict[str, Any]) -> Sect
 
 def _lost(result: dict[str, Any]) -> str:
     """Which runs have diverged: declip with 858 pairs (2), …"""
-    rows = Counter((row["method"], result["pairs"][row["fraction"]]) for row in result["diverged"])
-    return ", ".join(f"{escape(name)} with {pairs:,} pairs ({count})" for (name, pairs), count in rows.items())
+    lost = lost_runs(result).items()
+    return ", ".join(f"{escape(name)} with {result['pairs'][part]:,} pairs ({count})" for (name, part), count in lost)
 
 
 def _line(models: Models, line: dict[str, Any], axis: _Axis) -> Line:
@@ -315,9 +314,8 @@ def _runs(models: Models, result: dict[str, Any]) -> Section:
                 ]
             )
     told = {(line["method"], point["fraction"]) for line in own for point in line["points"]}
-    names = [method["name"] for method in result["methods"]]
-    for name, fraction in [(name, fraction) for name in names for fraction in result["pairs"]]:
-        if (name, fraction) not in told and (lost := lost_runs(result, name, fraction)):
+    for (name, fraction), lost in lost_runs(result).items():
+        if name in models.names and (name, fraction) not in told:
             rows.append(
                 [models.named(name), f"{result['pairs'][fraction]:,}", *["–"] * (5 + matching), f"{lost} diverged"]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from declip.compare.findings import VIEWS, View
@@ -38,12 +39,12 @@ def said_quality(result: dict[str, Any], method: str, fraction: str, points: dic
         point = points[fraction]
         kept, lost = len(point["by_seed"]), point["diverged"]
         return f"{point['quality']:.1f}" + (f" ({kept} of {kept + lost} runs)" if lost else "")
-    return "diverged" if lost_runs(result, method, fraction) else "–"
+    return "diverged" if lost_runs(result)[method, fraction] else "–"
 
 
-def lost_runs(result: dict[str, Any], method: str, fraction: str) -> int:
-    """How many of a method's runs on a fraction have diverged."""
-    return sum((row["method"], row["fraction"]) == (method, fraction) for row in result["diverged"])
+def lost_runs(result: dict[str, Any]) -> Counter[tuple[str, str]]:
+    """How many runs have diverged, by method and fraction."""
+    return Counter((row["method"], row["fraction"]) for row in result["diverged"])
 
 
 def views_of(result: dict[str, Any], judged: str) -> list[View]:

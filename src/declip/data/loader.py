@@ -110,15 +110,27 @@ class BatchMaker(Dataset[Batch | InputError]):
 
         int64 [text views, batch, longest]
         """
-        items, epochs = self.order.batch(number), self.order.epochs(number)
-        indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
-        first, captions = number * self.order.batch_size, []
-        rngs = [np.random.default_rng([self.recipe.seed, first + place, 1]) for place in self.rows]
+        items, indices, epochs = self._drawn_from(number)
+        captions, rngs = [], self._rngs(number)
         for place, rng in zip(self.rows, rngs, strict=True):
-            pool = self.images.source.captions(int(indices[place])) or ("",)
-            captions.append(self._draw(pool, int(indices[place]), int(items[place]), int(epochs[place]), rng))
-            self._sample(captions[-1], pool, rng)
+            index = int(indices[place])
+            pool = self.images.source.captions(index) or ("",)
+            captions.append(self._draw(pool, index, int(items[place]), int(epochs[place]), rng))
         return self._texts(captions, rngs)[0]
+
+    def _drawn_from(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of global batch `number` its items, the pair of each, and its epoch: int64 [batch].
+
+        With pool=each an item is a caption, and the pair is the one that it belongs to.
+        """
+        items = self.order.batch(number)
+        indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
+        return items, indices, self.order.epochs(number)
+
+    def _rngs(self, number: int) -> list[np.random.Generator]:
+        """Of the texts of each of this rank's rows."""
+        first = number * self.order.batch_size
+        return [np.random.default_rng([self.recipe.seed, first + place, 1]) for place in self.rows]
 
     def make(self, number: int) -> Batch:
         """Batch `number`, all views of it."""
@@ -132,17 +144,12 @@ class BatchMaker(Dataset[Batch | InputError]):
         kept = None if self.kept.images is None else np.empty((*of_all, *self.kept.images.shape[2:]), np.float16)
         draws = np.empty((*images.shape[:2], DRAWS), np.float32) if self.crops_only else None
         local = np.empty((len(self.local_views), len(self.rows), self.local_size, self.local_size, 3), np.uint8)
-        items = self.order.batch(number)
-        # With pool=each an item is a caption, and the pair is the one that it belongs to.
-        indices = items if self.ends is None else np.searchsorted(self.ends, items, side="right")
-        taken = set(indices.tolist())
-        epochs = self.order.epochs(number)
-        rngs = [np.random.default_rng([recipe.seed, first + place, 1]) for place in self.rows]
+        items, indices, epochs = self._drawn_from(number)
+        taken, rngs = set(indices.tolist()), self._rngs(number)
         for row, (place, rng) in enumerate(zip(self.rows, rngs, strict=True)):
             index, pool, views = self._readable(int(indices[place]), first + place, taken, broken)
             pairs.append(index)
             captions.append(self._draw(pool, index, int(items[place]), int(epochs[place]), rng))
-            self._sample(captions[-1], pool, rng)
             if self.kept.texts is not None or self.kept.teacher_texts is not None:
                 before = int(self.images.caption_ends[index - 1]) if index else 0
                 shown.append(before + pool.index(captions[-1][self.text_views.index("caption")]))
@@ -261,6 +268,12 @@ class BatchMaker(Dataset[Batch | InputError]):
         return np.stack([lengthen(tokens, longest, special.pad) for tokens in views]), labels
 
     def _draw(self, pool: tuple[str, ...], index: int, item: int, epoch: int, rng: np.random.Generator) -> list[str]:
+        """A pair's text for each text view: one of its captions, or what the view makes of all of them."""
+        texts = self._pick(pool, index, item, epoch, rng)
+        self._sample(texts, pool, rng)
+        return texts
+
+    def _pick(self, pool: tuple[str, ...], index: int, item: int, epoch: int, rng: np.random.Generator) -> list[str]:
         """One caption of a pair's for each text view."""
         options, count = self.recipe.data.text, len(self.text_views)
         if options.pool == "first":
