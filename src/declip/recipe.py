@@ -174,6 +174,14 @@ class Recipe(Section):
         return int(getattr(self.terms.active().get("teacher_contrast"), "local_images", 0))
 
     @property
+    def views_alike(self) -> bool:
+        """Whether all image views are of one kind and not changed anew at each step: others cannot be kept."""
+        data = self.data
+        one_kind = data.second_images is None and not self.local_views and not self.wants_normed_tokens
+        weak = data.strong_images is None or self.image_views == self.pair_views
+        return one_kind and weak and not data.images.convolve
+
+    @property
     def similarity(self) -> Literal["embedding", "token_wise"]:
         """How a trained model compares image and text: by embedding unless only the token-wise term trains it."""
         active = self.terms.active()

@@ -137,8 +137,8 @@ def test_operations_are_counted_for_captions_as_long_as_a_batch_has(
     own = {"tiny_declip": ('terms.contrastive.texts=["joined","joined_2"]', "terms.masked_language.weight=0")}
     prepared = prepare(asked(data=(data,), own=own, allow_overlap=True))
     train = open_pairs(prepared.recipes["tiny_clip"].data)[0]
-    assert caption_tokens(train, prepared.recipes["tiny_clip"]) == 2 + 6
-    assert 2 + 6 < caption_tokens(train, prepared.recipes["tiny_declip"]) <= 2 + 6 + 2 + 2 + 1
+    assert caption_tokens(train, prepared.recipes["tiny_clip"], 8) == 2 + 6
+    assert 2 + 6 < caption_tokens(train, prepared.recipes["tiny_declip"], 8) <= 2 + 6 + 2 + 2 + 1
 
 
 def test_a_variant_that_changes_nothing_is_run_once_and_shown_beside_its_method(asked: Callable[..., Asked]) -> None:

@@ -14,6 +14,8 @@ from conftest import pair, picture, write_pairs
 import declip
 from declip.cli import main
 from declip.recipe import Recipe, load_recipe
+from declip.training.finetuning import choose
+from declip.training.plan import Facts, Plan
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -256,3 +258,16 @@ def test_a_batch_that_is_too_large_for_the_memory_comes_in_pieces(
     assert load_recipe(tmp_path / "run" / "recipe.toml").engine.micro_batch == 1
     plan = {row["path"]: row for row in answer(capsys)["plan"]}
     assert "GB of memory, 0.00195 are free" in plan["engine.micro_batch"]["reason"]
+
+
+def test_the_rules_know_whether_views_can_be_kept(first: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Facts] = []
+
+    def noted(facts: Facts) -> Plan:
+        found.append(facts)
+        return choose(facts)
+
+    monkeypatch.setattr("declip.finetune.prepare.choose", noted)
+    for change in ("data.images.grayscale=0.5", "data.images.convolve=0.5"):
+        assert finetune(first, pairs, "--plan", change, "data.workers=0") == 0
+    assert [facts.views_alike for facts in found] == [True] * (len(found) // 2) + [False] * (len(found) // 2)

@@ -119,8 +119,12 @@ def prepare(asked: Asked, progress: Progress | None = None) -> Prepared:
     _check_overlap(asked, tests, joined([train, held]), base.data, notes, progress)
     schedule = load_recipe(methods[0].recipe, [*asked.changes, *methods[0].changes]).schedule
     own_length = schedule.pairs_seen or round(schedule.epochs * len(train))
-    # With all pairs: where fewer make batches smaller, a pair costs the same but for the texts' filling.
-    flops = {name: pair_flops(read_start(recipe)[0], caption_tokens(train, recipe)) for name, recipe in recipes.items()}
+    # At the largest fraction: where fewer pairs make batches smaller, one costs the same but for the texts' filling.
+    most = max(pairs)
+    flops = {
+        name: pair_flops(read_start(recipe)[0], caption_tokens(train, recipe, batches[name, most]))
+        for name, recipe in recipes.items()
+    }
     jobs, environments = _slots(asked.jobs, base.engine.device)
     prepared = Prepared(
         asked,
@@ -148,13 +152,12 @@ def check_folder(out: Path) -> None:
         raise InputError(f"{out} holds files that are no comparison's: give another --out.")
 
 
-def caption_tokens(pairs: Source, recipe: Recipe) -> int:
+def caption_tokens(pairs: Source, recipe: Recipe, batch_size: int) -> int:
     """The mean length of a batch's longest text view, by some batches: all are filled up to that."""
-    schedule = {"batch_size": min(recipe.schedule.batch_size, len(pairs))}
     of_texts = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"keep_apart": "nothing"}),
-            "schedule": recipe.schedule.model_copy(update=schedule),
+            "schedule": recipe.schedule.model_copy(update={"batch_size": batch_size}),
         }
     )
     maker = BatchMaker(Images(pairs, None), of_texts, 0, recipe.model.text.context_length or CONTEXT_LENGTH)

@@ -173,6 +173,7 @@ def _facts_of_weights(bare: Recipe, source: Source, groups: Any, progress: Progr
         any_size=_takes(model, view_size_for(model.image_size)),
         batch_norms=has_batch_norm(model.clip.visual),
         classes=classes_of(model, weights),
+        views_alike=bare.views_alike,
         embed_dim=recipe.model.embed_dim if projected else None,
     )
     return facts, found

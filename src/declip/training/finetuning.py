@@ -212,7 +212,8 @@ def _of_views(facts: Facts, way: Way) -> Iterator[Choice]:
     if way.smaller_views and facts.any_size and view_size < facts.image_size:
         why = f"crops show things larger than the images of {facts.image_size} px do that it then judges"
         yield Choice("data.view_size", view_size, why)
-    if way.mix and _can_mix(facts.said):
+    # Two by two; and of terms, not all but the rules' own know mixed pictures.
+    if way.mix and not _own_terms(facts.said) and facts.said.get("schedule.batch_size", 2) % 2 == 0:
         yield Choice("data.mix", way.mix, "what lies between two pictures cannot be learnt by heart: more epochs pay")
     if way.plain_views:
         yield Choice("data.images.jitter", 0.0, way.why["plain_views"])
@@ -265,11 +266,6 @@ def _own_terms(said: Mapping[str, Any]) -> bool:
     return not all(path.startswith("terms.contrastive.") for path in said if path.partition(".")[0] == "terms")
 
 
-def _can_mix(said: Mapping[str, Any]) -> bool:
-    """Whether pictures may be mixed two by two: not all other terms than the rules' know mixed ones."""
-    return not _own_terms(said) and said.get("schedule.batch_size", 2) % 2 == 0
-
-
 def _can_see_two(facts: Facts) -> bool:
     """Whether two captions of a picture may be seen: the terms are ours, and nothing of the text tower is kept."""
     whole = facts.said.get("model.text.tune", "last" if is_short(facts) else "all") == "all"
@@ -296,11 +292,8 @@ def is_short(facts: Facts) -> bool:
 
 
 def _views_kept(facts: Facts) -> int:
-    """Views of an image that go through what rests of its tower: few enough that the epochs left see each twice.
-
-    None where its views differ in kind or are convolved, which are not kept.
-    """
-    if facts.said.get("data.images.convolve") or any(path.startswith("data.second_images") for path in facts.said):
+    """Views of an image that are kept of what rests of its tower: few enough that the epochs left see each twice."""
+    if not facts.views_alike:
         return 0
     return next((views for views in range(VIEWS, 1, -1) if _epochs_left(facts, views) >= 2 * views), 1)
 
@@ -342,7 +335,8 @@ def _of_length(facts: Facts, way: Way) -> Iterator[Choice]:
     yield from _of_memory(facts, way, facts.said.get("schedule.batch_size", batch))
     epochs = _said_epochs(facts) or epochs_for(facts.pairs, way.epochs)
     why = f"for {facts.pairs:,} pairs"
-    scores = _between(SCORES, ceil(epochs)) if facts.held_out else 0
+    fewest, most = SCORES
+    scores = min(most, max(fewest, ceil(epochs))) if facts.held_out else 0
     if facts.minutes is not None and facts.speed is not None and not _said_epochs(facts):
         within, scores = _within(facts, way, scores)
         if within < epochs:
@@ -378,10 +372,6 @@ def _said_epochs(facts: Facts) -> float | None:
         return float(seen / facts.pairs)
     said: float | None = facts.said.get("schedule.epochs")
     return said
-
-
-def _between(bounds: tuple[int, int], value: int) -> int:
-    return min(bounds[1], max(bounds[0], value))
 
 
 def _left(facts: Facts) -> float:

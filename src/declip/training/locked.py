@@ -40,16 +40,13 @@ _CAPTIONS_AT_ONCE = 256
 
 def kept_parts(recipe: Recipe) -> list[Part]:
     """The towers of which something is kept: of views of one kind, and of locked ones where no term compares tokens."""
-    model, engine, data = recipe.model, recipe.engine, recipe.data
+    model, engine = recipe.model, recipe.engine
     # What is computed a second time, or by modules that stand in for the towers', cannot begin in a tower's middle.
     whole = engine.micro_batch or engine.grad_checkpointing or engine.compile or engine.shard
     compared = "token_wise" in recipe.terms.active() or recipe.wants_normed_tokens
     resting = {*(() if compared else LOCKED), *(() if whole else ("last",))}
-    alike = data.second_images is None and not recipe.local_views and not recipe.wants_normed_tokens
-    alike = alike and not data.images.convolve  # done to pixels anew at each step
-    alike = alike and (data.strong_images is None or recipe.image_views == recipe.pair_views)
     found: list[Part] = []
-    if model.image.tune in resting and model.image.views_kept and alike:
+    if model.image.tune in resting and model.image.views_kept and recipe.views_alike:
         found.append("image")
     if model.text.tune in resting and model.text.kept and recipe.text_views == ["caption"]:
         found.append("text")

@@ -25,6 +25,7 @@ class Facts:
     layers: of each tower, where they are known
     image_size: of the image tower; any_size: whether it takes others too; batch_norms: whether it has such
     classes: how many classes' names would bring the towers together, as `model.image.classes` says
+    views_alike: whether an image's views can be kept, as the recipe says
     embed_dim: width of the projections that come with the weights, None where there are none
     pairs, held_out: how many train, how many judge; splits: whether the held-out ones are taken from the user's pairs
     by_picture: whether they are few enough to be split by their pictures
@@ -51,6 +52,7 @@ class Facts:
     any_size: bool = False
     batch_norms: bool = False
     classes: int = 0
+    views_alike: bool = True
     embed_dim: int | None = None
     said: Mapping[str, Any] = field(default_factory=dict)
     minutes: float | None = None
