@@ -67,6 +67,16 @@ def test_a_grid_is_run_reported_and_gone_on_with(
     assert [one["method"] for one in again["lines"]] == ["tiny_clip"] * 3
     assert again["lines"][0]["points"] == result["lines"][0]["points"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / CELLS).iterdir()} == files
+    assert again["notes"] == []
+    # A cell of a machine that computes otherwise.
+    moved = tmp_path / "out" / again["runs"][0]["file"]
+    found = json.loads(moved.read_text())
+    moved.write_text(json.dumps(found | {"computed": "tf32 on tpu"}))
+    assert main([*line("clip"), "--json"]) == 0
+    ways = f"{found['computed']}, some in tf32 on tpu"
+    assert json.loads(capsys.readouterr().out)["notes"] == [
+        f"Some runs were computed in {ways}: what differs may be that."
+    ]
 
 
 def test_an_interrupted_grid_goes_on(

@@ -266,6 +266,8 @@ def _print_results(result: dict[str, Any]) -> None:
     for row in result["diverged"]:
         where = f"{row['method']}, {row['fraction']} of the pairs, seed {row['seed']}"
         print(f"Diverged, and not counted: {where}: {row['reason']}.")
+    for note in result["notes"]:  # some were said hours ago, and some cells only can tell
+        print(f"Note: {note}")
     print(f"The report: {result['report']}")
 
 

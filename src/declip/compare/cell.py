@@ -33,16 +33,20 @@ def run_cell(recipe_file: Path, judged: list[str], folder: Path) -> dict[str, An
     from declip.errors import RunDiverged
     from declip.recipe import load_recipe
     from declip.training.loop import train
+    from declip.training.step import compute_dtype, pick_device
 
     recipe, run = load_recipe(str(recipe_file)), folder / RUN
     going_on = (run / "recipe.toml").is_file()
     if not going_on:
         shutil.rmtree(run, ignore_errors=True)  # of a run that was stopped before it began
+    device = pick_device(recipe.engine.device)
+    dtype = str(compute_dtype(device, recipe.engine.precision)).removeprefix("torch.")
+    computed = {"computed": f"{dtype} on {device.type}"}
     try:
         summary = train(recipe, run, resume=going_on, quiet=True)
     except RunDiverged as error:
-        return {"status": "diverged", "reason": error.reason, **_curves(run)}
-    return {"status": "done", "summary": summary, **_curves(run), "judged": _judge(run, judged, recipe)}
+        return {"status": "diverged", "reason": error.reason, **computed, **_curves(run)}
+    return {"status": "done", "summary": summary, **computed, **_curves(run), "judged": _judge(run, judged, recipe)}
 
 
 def open_judged(judged: Sequence[str], data: Data) -> list[TestSet]:

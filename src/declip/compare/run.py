@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -105,8 +105,15 @@ def as_json(prepared: Prepared, rates: Rates, ran: Sequence[Ran], findings: Find
         "runs": [{**one.cell.described(), "pairs_seen": one.cell.seen, "file": one.cell.file} for one in ran],
         "cells": len(by_key),
         "seconds": sum(found["wall_seconds"] for found in by_key.values()),
-        "notes": prepared.notes,
+        "notes": [*prepared.notes, *_mixed(by_key.values())],
     }
+
+
+def _mixed(found: Iterable[dict[str, Any]]) -> list[str]:
+    """A note where cells of machines that compute otherwise stand beside each other; earlier cells do not say."""
+    ways = sorted({one["computed"] for one in found if "computed" in one})
+    said = f"Some runs were computed in {', some in '.join(ways)}: what differs may be that."
+    return [said] if len(ways) > 1 else []
 
 
 def plan(prepared: Prepared) -> dict[str, Any]:
