@@ -4,6 +4,7 @@
     python benchmarks/pretrained.py --parts caching --check         # a step with and without what is kept
     python benchmarks/pretrained.py --seeds 1 --parts small emoji   # 500, 1,000, 2,000 pairs; emoji at 64 px
     python benchmarks/pretrained.py --seeds 1 --parts rates ways    # what the rules of docs/finetuning.md rest on
+    python benchmarks/pretrained.py --seeds 1 --parts muon          # whether that wins here too
     python benchmarks/pretrained.py --seeds 1 --parts joint         # the same for a whole model, and what it forgets
 
 Towers: EfficientNet-Lite0 (--weights) and MiniLM (--text, a Hugging Face folder). Flickr8k: train, judged on dev; what
@@ -73,6 +74,8 @@ def cells(part: str, seeds: int) -> list[Cell]:
             found += [Cell("declip", FLICKR, 6, seed=seed, changes=changes, held_out=True) for changes in WAYS]
         elif part == "rates":
             found += [Cell("declip", FLICKR, 0, 0.25, seed, changes, held_out=True) for changes in RATES]
+        elif part == "muon":
+            found += [Cell("declip", FLICKR, 0, 0.25, seed, changes, held_out=True) for changes in MUON]
         elif part == "joint":
             found += [Cell("joint", EMOJI, 3, 0.25, seed, changes) for changes in JOINT]
         elif part == "emoji":
@@ -103,10 +106,17 @@ RATES: list[tuple[str, ...]] = [
     ("model.logit_scale_init=2.6593",),
     ("model.logit_scale_init=1.5",),
     ("schedule.batch_size=64",),
-    ("optimizer.kind=muon", "optimizer.lr=1e-3", "optimizer.image_lr=2e-3", "optimizer.projection_lr=4e-3"),
     ("terms.nearest_neighbour.weight=0.2",),
 ]
 """The rest of the rules' choices, one changed at a time; of a quarter of the pairs in equal epochs, judged as WAYS."""
+MUON: list[tuple[str, ...]] = [
+    (),
+    *(
+        ("optimizer.kind=muon", f"optimizer.lr={lr}", f"optimizer.image_lr={2 * lr}", "optimizer.projection_lr=4e-3")
+        for lr in (1e-4, 3e-4, 1e-3)
+    ),
+]
+"""What wins from scratch (docs/data-efficiency.md), where layers learn that have learnt already; judged as RATES."""
 EPOCHS = [
     *("schedule.epochs=12", "evaluation.every=0.5", "model.image.views_kept=4"),
     *("model.image.tune=last", "model.image.tune_layers=5", "model.text.tune=last", "model.text.tune_layers=3"),
