@@ -26,6 +26,7 @@ from typing import Any
 from declip.compare.quick import NAMES_AS_THEY_ARE
 
 METHODS = ["clip", "declip", "best-small"]
+OTHERS = ["slip", "filip", "defilip", "siglip", "cosmos", "best"]
 BEST = METHODS[-1]
 NAMES = [f"declip:{change.replace(' ', '')}" for change in NAMES_AS_THEY_ARE]
 PHOTOS = ["data.images.flip=0.5"]  # photos may be mirrored; of emoji, arrows and hands may not
@@ -186,7 +187,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=["emoji"], help="what is trained and judged on")
     parser.add_argument("--study", choices=("curves", *STUDIES), default="curves")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="(all of the set's)")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *OTHERS], help="(all of the set's)")
     parser.add_argument("--rates", default="0.5,1,2", help="times each recipe's own, searched (%(default)s)")
     parser.add_argument("--no-equal-compute", action="store_true", help="runs of equal pairs seen alone")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")
