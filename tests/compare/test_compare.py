@@ -201,3 +201,15 @@ def test_a_cell_takes_the_pixel_statistics_of_the_weights_it_starts_from(
     command = line("clip", more=(f"model.image.init={str(run)!r}", "--fractions", "1/4", "--json"))
     assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["cells"] == 1
+
+
+def test_every_judged_set_is_in_the_report(
+    line: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(write_pairs(tmp_path / "other.parquet", [pair(n) for n in range(2000, 2009)]))
+    assert main([*line("clip", more=("--eval", other, "--fractions", "1/4")), "--json"]) == 0
+    assert [*json.loads(capsys.readouterr().out)["judged"].values()] == [20, 9]
+    page = (tmp_path / "out" / "report.html").read_text()
+    for name in (str(tmp_path / "test.parquet"), other):
+        assert Page(page).words.count(name) >= 2  # quality against pairs, and against compute
+        assert f"{name}, over TFLOP of the towers" in page

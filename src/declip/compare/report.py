@@ -180,29 +180,33 @@ def _factor_row(models: Models, base: str, method: str, factor: dict[str, Any]) 
 
 def _compute(models: Models, prepared: Prepared, ran: Sequence[Ran], result: dict[str, Any]) -> Section:
     """Quality over floating-point operations and seconds, for the most and the fewest pairs."""
-    judged = next(iter(result["judged"]))
-    charts = []
-    for fraction in dict.fromkeys((max(prepared.pairs), min(prepared.pairs))):
-        for what, value in (("TFLOP of the towers", _teraflop), ("seconds of training", _seconds)):
-            points = {
-                name: _by_length(ran, name, fraction, judged, result["metric_name"], value) for name in models.names
-            }
-            values = [x for own in points.values() for x, _ in own]
-            if not values:
-                continue
-            axis = _Axis(values, compact)
-            lines = [
-                Line(name, number, [(axis.at(x), y) for x, y in points[name]])
-                for number, name in enumerate(models.names)
-            ]
-            title = f"{prepared.pairs[fraction]:,} pairs"
-            charts.append(line_chart(title, f"{judged}, over {what}", lines, width=500, x_name=what, **axis.options()))
-    body = f'<div class="charts two">{"".join(charts)}</div>' if charts else ""
+    parts = []
+    for judged in result["judged"]:
+        charts = []
+        for fraction in dict.fromkeys((max(prepared.pairs), min(prepared.pairs))):
+            for what, value in (("TFLOP of the towers", _teraflop), ("seconds of training", _seconds)):
+                points = {
+                    name: _by_length(ran, name, fraction, judged, result["metric_name"], value) for name in models.names
+                }
+                title = f"{prepared.pairs[fraction]:,} pairs"
+                charts.append(_over(models, points, title, f"{judged}, over {what}", what))
+        if any(charts):
+            parts.append(f'<h3>{escape(judged)}</h3><div class="charts two">{"".join(charts)}</div>')
     note = (
         "Every length that was run. Operations of the towers are counted, forward and backward, for all views of a "
         f"pair; seconds are of runs that shared a machine, {prepared.jobs} at a time."
     )
-    return Section("Quality against compute", note, body)
+    return Section("Quality against compute", note, "".join(parts))
+
+
+def _over(models: Models, points: dict[str, list[tuple[float, float]]], title: str, about: str, what: str) -> str:
+    """A chart of each method's points over what they cost; nothing where there are none."""
+    values = [x for own in points.values() for x, _ in own]
+    if not values:
+        return ""
+    axis = _Axis(values, compact)
+    lines = [Line(name, number, [(axis.at(x), y) for x, y in points[name]]) for number, name in enumerate(models.names)]
+    return line_chart(title, about, lines, width=500, x_name=what, **axis.options())
 
 
 def _teraflop(one: Ran) -> float:
