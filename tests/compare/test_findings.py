@@ -191,6 +191,25 @@ def test_an_ablation_is_beside_its_method_on_the_same_fraction() -> None:
     assert low < -10 < high < 0
 
 
+def test_an_ablation_compares_runs_of_the_same_seed() -> None:
+    """Seeds that differ much hide nothing; a seed with which one has diverged does not count for the other either."""
+    variant, part = Method("declip with more", "declip", ("data.mix=0.3",), of="declip"), Fraction(1, 4)
+    cells = [ran("declip", part, seed, right=10 + 20 * seed) for seed in range(2)]
+    more = [ran(variant.name, part, seed, right=20 + 20 * seed) for seed in range(2)]
+    (row,) = find(Grid(extras=[variant]), [*cells, *more], "mean").ablation  # type: ignore[arg-type]
+    assert (row["quality"], row["of_method"], row["seeds"]) == (60, 40, 2)
+    low, high = row["interval"]
+    assert 5 < low < 20 < high < 35
+    more[1] = ran(variant.name, part, 1, status="diverged", reason="")
+    (row,) = find(Grid(extras=[variant]), [*cells, *more], "mean").ablation  # type: ignore[arg-type]
+    assert (row["quality"], row["of_method"], row["difference"]) == (40, 20, 20)
+    assert (row["seeds"], row["diverged"]) == (1, 1)
+    lost = [cells[0], ran("declip", part, 1, status="diverged", reason="")]
+    other = [ran(variant.name, part, 0, status="diverged", reason=""), ran(variant.name, part, 1, right=40)]
+    (row,) = find(Grid(extras=[variant]), [*lost, *other], "mean").ablation  # type: ignore[arg-type]
+    assert (row["quality"], row["of_method"]) == (80, 20)
+
+
 def test_factors_in_words() -> None:
     def said(kind: str, factor: float | None, low: float = 0.0, high: float | None = None) -> str:
         return said_factor({"kind": kind, "factor": factor, "low": low, "high": high})

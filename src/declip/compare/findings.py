@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -199,11 +199,12 @@ def _ablation(
 
 
 def _against(variant: Method, own: Point, whole: Point, judged: str, metric: str) -> dict[str, Any]:
+    """Seeds are drawn together, as judged pictures are: both have learnt from the same pairs with each."""
+    own, whole = _of_same_seeds(own, whole), _of_same_seeds(whole, own)
     ours, theirs = (_line("", judged, "pairs seen", [point], metric).curve for point in (own, whole))
-    rng = np.random.default_rng(0)
-    weights = item_weights(ours.outcomes[0].shape[1], RESAMPLES, rng)
-    draws = (ours.draws(weights, rng) - theirs.draws(weights, rng))[:, 0]
-    low, high = np.quantile(draws, [0.025, 0.975])
+    weights = item_weights(ours.outcomes[0].shape[1], RESAMPLES, np.random.default_rng(0))
+    drawn = [curve.draws(weights, np.random.default_rng(1)) for curve in (ours, theirs)]
+    low, high = np.quantile((drawn[0] - drawn[1])[:, 0], [0.025, 0.975])
     return {
         "judged": judged,
         "method": variant.of,
@@ -220,6 +221,12 @@ def _against(variant: Method, own: Point, whole: Point, judged: str, metric: str
         "diverged": own.diverged,
         "flops": statistics.mean(one.flops for one in own.runs) / statistics.mean(one.flops for one in whole.runs),
     }
+
+
+def _of_same_seeds(point: Point, other: Point) -> Point:
+    """Without the runs of seeds with which the other one's have diverged; with all where nothing would be left."""
+    seeds = {one.cell.seed for one in other.runs}
+    return replace(point, runs=[one for one in point.runs if one.cell.seed in seeds] or point.runs)
 
 
 def line_json(line: Line) -> dict[str, Any]:
