@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-VOID = {"meta", "img", "br", "link", "hr", "input"}
+VOID = {"meta", "img", "br", "wbr", "link", "hr", "input"}
 LEAVES = {"path", "circle"}
 NASTY = "<script>alert(\"x\")</script> & 'quoted'"
 

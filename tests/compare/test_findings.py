@@ -12,7 +12,7 @@ import torch
 
 from declip.compare.findings import Ran, chance, find, kept_score, line_json, outcomes
 from declip.compare.grid import Cell, Method
-from declip.compare.summary import headline, said_factor, said_interval, said_quality, views_of
+from declip.compare.summary import ABLATED, ablation_rows, headline, said_factor, said_interval, said_quality, views_of
 from declip.evaluation.retrieval import metrics_of_ranks
 from declip.recipe import Recipe
 
@@ -208,6 +208,23 @@ def test_an_ablation_compares_runs_of_the_same_seed() -> None:
     other = [ran(variant.name, part, 0, status="diverged", reason=""), ran(variant.name, part, 1, right=40)]
     (row,) = find(Grid(extras=[variant]), [*lost, *other], "mean").ablation  # type: ignore[arg-type]
     assert (row["quality"], row["of_method"]) == (80, 20)
+
+
+def test_an_ablation_in_words() -> None:
+    """The whole method comes first; a variant that has diverged says so."""
+    variants = [Method(f"declip {name}", "declip", (name,), of="declip") for name in ("better", "lost")]
+    part = Fraction(1, 4)
+    cells = [ran("declip", part, 0, right=20), ran("declip better", part, 0, right=30, held_out=2.0)]
+    cells.append(ran("declip lost", part, 0, status="diverged", reason=""))
+    rows = find(Grid(extras=variants), cells, "mean").ablation  # type: ignore[arg-type]
+    said = ablation_rows({"ablation": rows, "pairs": {"1/4": 1250}})
+    low, high = rows[0]["interval"]
+    assert said == [
+        ["declip", "test", "1,250", "40.0", "", "", "1.0", "×1.00"],
+        ["better", "test", "1,250", "60.0", "+20.0", f"{low:+.1f} to {high:+.1f}", "2.0", "×1.00"],
+        ["lost", "test", "1,250", "diverged", "", "", "", ""],
+    ]
+    assert {len(row) for row in said} == {len(ABLATED)}
 
 
 def test_factors_in_words() -> None:

@@ -274,24 +274,13 @@ def _print_results(result: dict[str, Any]) -> None:
 def _print_ablation(result: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from declip.compare.summary import ABLATED, ablation_rows
+
     if not result["ablation"]:
         return
-    table = Table("variant", title="Ablation", title_justify="left")
-    for heading in ("judged on", "fraction", "quality", "difference", "interval", "held out", "compute"):
-        table.add_column(heading, justify="right")
-    for row in result["ablation"]:
-        if row["quality"] is None:
-            table.add_row(row["variant"], row["judged"], row["fraction"], "diverged")
-            continue
-        low, high = row["interval"]
-        table.add_row(
-            row["variant"],
-            row["judged"],
-            row["fraction"],
-            f"{row['quality']:.1f}",
-            f"{row['difference']:+.1f}",
-            f"{low:+.1f} to {high:+.1f}",
-            f"{row['held_out']:.1f}",
-            f"×{row['flops']:.2f}",
-        )
+    table = Table(title="Ablation", title_justify="left")
+    for number, heading in enumerate(ABLATED):
+        table.add_column(heading.lower(), justify="right" if number > 1 else "left")
+    for row in ablation_rows(result):
+        table.add_row(*row)
     console().print(table)

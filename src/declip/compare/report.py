@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -12,7 +13,7 @@ from typing import Any
 
 from declip.compare.findings import VIEWS, Findings, Ran, outcomes
 from declip.compare.prepare import Prepared
-from declip.compare.summary import TITLES, lost_runs, said_interval, views_of
+from declip.compare.summary import ABLATED, TITLES, ablation_rows, lost_runs, said_interval, views_of
 from declip.evaluation.report.charts import Line, compact, line_chart
 from declip.evaluation.report.judgements import Models, Section
 from declip.evaluation.report.parts import setup
@@ -22,6 +23,7 @@ from declip.files import write_atomically
 _SIDE = 0.35  # of a step of the axis, left free beside its ends
 _STYLE = """
 td.over { color: var(--ink) } .card + .note { margin-top: 22px } .charts + .charts { margin-top: 20px }
+.wraps { display: block; min-width: 14em; white-space: normal }
 """
 
 
@@ -230,27 +232,18 @@ def _by_length(
 
 
 def _ablation(result: dict[str, Any]) -> Section:
-    rows = []
-    for row in result["ablation"]:
-        about = [escape(row["variant"]), escape(row["judged"]), f"{result['pairs'][row['fraction']]:,}"]
-        if row["quality"] is None:
-            rows.append([*about, "diverged", "–", "–", "–", "–"])
-            continue
-        rows.append(
-            [
-                *about,
-                f"{row['quality']:.1f}",
-                f"<strong>{row['difference']:+.1f}</strong>",
-                f"{row['interval'][0]:+.1f} to {row['interval'][1]:+.1f}",
-                f"{row['held_out']:.1f}",
-                f"×{row['flops']:.2f}",
-            ]
-        )
-    head = ("Variant", "Judged on", "Pairs", "Quality", "Difference", "95 % interval", "Held-out score", "Compute")
+    rows = [[_wrapping(variant), *map(escape, cells)] for variant, *cells in ablation_rows(result)]
     note = (
         "Each beside the whole method, on the same subsets, seeds and judged pictures, at the method’s learning rate."
     )
-    return Section("Ablation", note, _table(head, rows) if rows else "")
+    return Section("Ablation", note, _table(ABLATED, rows) if rows else "")
+
+
+def _wrapping(changes: str) -> str:
+    """What a variant changes, each on as many lines as it takes: the figures beside it stay in sight."""
+    lines = re.split(r" (?=\S+=)", changes)
+    broken = ["<wbr>".join(map(escape, re.split(r"(?<=[._=,])", line))) for line in lines]
+    return f'<span class="wraps">{"<br>".join(broken)}</span>'
 
 
 def _learning(models: Models, prepared: Prepared, ran: Sequence[Ran]) -> Section:

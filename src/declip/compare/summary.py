@@ -47,6 +47,30 @@ def lost_runs(result: dict[str, Any]) -> Counter[tuple[str, str]]:
     return Counter((row["method"], row["fraction"]) for row in result["diverged"])
 
 
+ABLATED = ("Variant", "Judged on", "Pairs", "Quality", "Difference", "95 % interval", "Held out", "Compute")
+
+
+def ablation_rows(result: dict[str, Any]) -> list[list[str]]:
+    """What stands under `ABLATED`: each method that has variants, then these, by what they change of it."""
+    found = []
+    for method, judged in dict.fromkeys((row["method"], row["judged"]) for row in result["ablation"]):
+        own = [row for row in result["ablation"] if (row["method"], row["judged"]) == (method, judged)]
+        kept = [row for row in own if row["quality"] is not None]
+        if kept:
+            most = max(kept, key=lambda row: int(row["seeds"]))  # the whole method's runs are those of its seeds
+            about = [method, judged, f"{result['pairs'][most['fraction']]:,}", f"{most['of_method']:.1f}", "", ""]
+            found.append([*about, f"{most['held_out_of_method']:.1f}", "×1.00"])
+        for row in own:
+            about = [row["variant"].removeprefix(f"{method} "), judged, f"{result['pairs'][row['fraction']]:,}"]
+            if row["quality"] is None:
+                found.append([*about, "diverged", "", "", "", ""])
+                continue
+            low, high = row["interval"]
+            said = [f"{row['quality']:.1f}", f"{row['difference']:+.1f}", f"{low:+.1f} to {high:+.1f}"]
+            found.append([*about, *said, f"{row['held_out']:.1f}", f"×{row['flops']:.2f}"])
+    return found
+
+
 def views_of(result: dict[str, Any], judged: str) -> list[View]:
     """The views that a set's lines have, one of those that are of the same runs, and none of the base alone."""
     several = len({line["method"] for line in result["lines"]}) > 1
