@@ -4,7 +4,7 @@
     python benchmarks/pretrained.py --parts caching --check         # a step with and without what is kept
     python benchmarks/pretrained.py --seeds 1 --parts small emoji   # 500, 1,000, 2,000 pairs; emoji at 64 px
     python benchmarks/pretrained.py --seeds 1 --parts rates ways    # what the rules of docs/finetuning.md rest on
-    python benchmarks/pretrained.py --seeds 1 --parts muon          # whether that wins here too
+    python benchmarks/pretrained.py --seeds 1 --parts muon          # whether Muon wins here too
     python benchmarks/pretrained.py --seeds 1 --parts joint         # the same for a whole model, and what it forgets
 
 Towers: EfficientNet-Lite0 (--weights) and MiniLM (--text, a Hugging Face folder). Flickr8k: train, judged on dev; what
@@ -115,6 +115,7 @@ MUON: list[tuple[str, ...]] = [
         ("optimizer.kind=muon", f"optimizer.lr={lr}", f"optimizer.image_lr={2 * lr}", "optimizer.projection_lr=4e-3")
         for lr in (1e-4, 3e-4, 1e-3)
     ),
+    ("optimizer.lr=5e-4", "optimizer.image_lr=1e-3", "schedule.epochs=18"),  # AdamW for as long as Muon takes
 ]
 """What wins from scratch (docs/data-efficiency.md), where layers learn that have learnt already; judged as RATES."""
 EPOCHS = [
@@ -160,8 +161,8 @@ class Bench:
         began = time.perf_counter()
         if cell.who == "declip":
             towers = f"{self.weights}+{self.text}"
-            length = ["--minutes", f"{cell.minutes:g}"] if cell.minutes else EPOCHS
-            told = self.declip("finetune", towers, *sources, *common, *cell.changes, *length, "--out", str(out))
+            given = [*cell.changes, "--minutes", f"{cell.minutes:g}"] if cell.minutes else [*EPOCHS, *cell.changes]
+            told = self.declip("finetune", towers, *sources, *common, *given, "--out", str(out))
         else:
             started = [f"model.image.init={self.weights}", f"model.text.init={self.text}", *common, *PEER]
             given = [f"data.train={sources!r}", f"data.validation={[test]!r}", *started]
